@@ -1,0 +1,1 @@
+"""One file per subcommand; the function has the name of its file."""

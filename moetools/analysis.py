@@ -1,0 +1,203 @@
+"""What an analysis is, and running several of them over one reading of a trace.
+
+An analysis is one file in `analyses/` that defines `ANALYSIS`. Its state is additive: it is fed
+whole sequences batch by batch, parts can be merged, and `table` turns it into one long, tidy
+table with one row per number.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+import pandas as pd
+
+from moetools import console, registry
+from moetools.errors import RequestError
+from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEY_COLUMNS = (
+    "trace", "step", "metric", "scope", "layer", "expert", "group",
+    "layer_b", "expert_b", "group_b",
+)  # fmt: skip
+VALUE_COLUMNS = ("value", "low", "high", "num_tokens")
+INTEGER_COLUMNS = ("step", "layer", "expert", "layer_b", "expert_b", "num_tokens")
+SCOPES = ("model", "group", "layer", "expert", "pair", "token")
+"""A row's scope. `group` rows may also carry a layer; expert and finer scopes stay out of
+`metrics.json`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What every analysis is told."""
+
+    seed: int = 0
+    expert_intervals: bool = False
+
+
+class State(Protocol):
+    """Additive state of one analysis over one trace."""
+
+    def update(self, batch: TraceBatch) -> None:
+        """Take in whole sequences; `batch` has the columns that the analysis asked for."""
+
+    def merge(self, other: Self) -> None:
+        """Add the state of another part of the same trace."""
+
+    def table(self) -> pd.DataFrame:
+        """Rows made with `rows`, without the `trace` column."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A figure of a report with the sentence that says how to read it."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """A sentence about this router made from the numbers, for the report's summary.
+
+    Attributes:
+        text: The sentence, with its numbers.
+        weight: How unusual it is, 0 (as expected) to 1; the summary shows the highest first.
+        metric: The metric it rests on.
+    """
+
+    text: str
+    weight: float
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Analysis:
+    """One analysis: what it needs, how it starts, how its table is shown.
+
+    Attributes:
+        title: Heading in the report.
+        source: Paper and equation, or "moetools" for our own definitions.
+        about: Two or three sentences: what it says, how to read it, what would fool you.
+        columns: The columns it reads from a trace, or the reason (a string) why it cannot run.
+        start: Makes an empty state.
+        plots: Pictures of the finished table (of one or several traces).
+        findings: Sentences for the summary, from the finished table of one trace.
+    """
+
+    title: str
+    source: str
+    about: str
+    columns: Callable[[TraceStore], Sequence[str] | str]
+    start: Callable[[TraceStore, Options], State]
+    plots: Callable[[pd.DataFrame], Iterable[Picture]]
+    findings: Callable[[pd.DataFrame], Iterable[Finding]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """Tables by analysis name, and the analyses that did not run with their reasons."""
+
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def router_columns(trace: TraceStore, family: str) -> list[str]:
+    """The columns of one family for all routers that have it, e.g. `experts.00`, ..."""
+    names = (f"{family}.{router.name}" for router in trace.routers)
+    return [name for name in names if name in trace.columns]
+
+
+def mlp_routers(trace: TraceStore) -> list[TracedRouter]:
+    """Routers of feed-forward experts, in order of depth: at most one for each layer."""
+    return [router for router in trace.routers if router.kind == "mlp"]
+
+
+def rows(metric: str, scope: str, value: Any, **columns: Any) -> pd.DataFrame:
+    """Rows of a tidy table; scalars are repeated to the length of the arrays.
+
+    Args:
+        metric: Stable metric name, documented in the README.
+        scope: One of `SCOPES`.
+        value: The numbers.
+        **columns: Key columns, metric parameters, `low`, `high`, `num_tokens`.
+    """
+    length = max(
+        [np.size(value), *(np.size(c) for c in columns.values() if not isinstance(c, str))]
+    )
+    data: dict[str, Any] = {"metric": metric, "scope": scope, "value": value, **columns}
+    return pd.DataFrame(data, index=range(length))
+
+
+def tidy(parts: Sequence[pd.DataFrame], *, trace: str, step: int | None = None) -> pd.DataFrame:
+    """One table of all parts: key columns first, then parameters, then values."""
+    table = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True)
+    table["trace"], table["step"] = trace, step
+    for name in (*KEY_COLUMNS, *VALUE_COLUMNS):
+        if name not in table:
+            table[name] = None
+    parameters = sorted(set(table.columns) - set(KEY_COLUMNS) - set(VALUE_COLUMNS))
+    table = table[[*KEY_COLUMNS, *parameters, *VALUE_COLUMNS]]
+    types: dict[str, str] = {name: "Int64" for name in INTEGER_COLUMNS}
+    types |= {name: "float64" for name in ("value", "low", "high")}
+    types |= {name: "string" for name in ("trace", "metric", "scope", "group", "group_b")}
+    return table.astype(types)
+
+
+def choose(only: Sequence[str] = (), skip: Sequence[str] = ()) -> list[str]:
+    """Names of the analyses to run.
+
+    Raises:
+        RequestError: A name that is not an analysis, or nothing is left.
+    """
+    known = registry.names("analyses")
+    for name in (*only, *skip):
+        if name not in known:
+            raise RequestError(registry.unknown("analyses", name, known))
+    chosen = [name for name in (only or known) if name not in skip]
+    if not chosen:
+        raise RequestError("--only and --skip leave no analysis to run.")
+    return chosen
+
+
+def run(
+    traces: Sequence[TraceStore],
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    options: Options | None = None,
+) -> Results:
+    """Run analyses over traces; every column of a trace is read once.
+
+    Returns:
+        One table per analysis with the rows of all traces.
+    """
+    options = options or Options()
+    results = Results()
+    tables: dict[str, list[pd.DataFrame]] = {}
+    analyses = {name: registry.load("analyses", name).ANALYSIS for name in choose(only, skip)}
+    for trace in traces:
+        states: dict[str, State] = {}
+        columns: set[str] = set()
+        for name, analysis in analyses.items():
+            needed = analysis.columns(trace)
+            if isinstance(needed, str):
+                results.skipped[name] = needed
+                continue
+            columns.update(needed)
+            states[name] = analysis.start(trace, options)
+        with console.progress(f"Reading {trace.name}", trace.num_tokens, "tokens") as meter:
+            for batch in trace.batches(columns):
+                for state in states.values():
+                    state.update(batch)
+                meter.advance(batch.num_tokens)
+        for name, state in states.items():
+            tables.setdefault(name, []).append(tidy([state.table()], trace=trace.name))
+    for name, parts in tables.items():
+        results.tables[name] = pd.concat(parts, ignore_index=True)
+    return results

@@ -1,0 +1,154 @@
+"""Where text goes: results to stdout, progress and warnings to stderr."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+PLAIN_LINE_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Settings:
+    """What `--quiet` and `--debug` asked for; set once by the command line."""
+
+    quiet: bool = False
+    debug: bool = False
+    resume_hint: str | None = None
+
+
+settings = Settings()
+
+
+def stderr() -> "Console":
+    """A rich console on the current stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def setup_logging() -> None:
+    """Install the one handler of the command line: warnings as single lines on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    root = logging.getLogger("moetools")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if settings.debug else logging.WARNING)
+    root.propagate = False
+
+
+def note(message: str) -> None:
+    """One line of progress on stderr, silenced by `--quiet`."""
+    if not settings.quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def show(*renderables: "RenderableType") -> None:
+    """Print results to stdout: at most 100 columns on a terminal, 80 when piped."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=min(console.width, 100) if console.is_terminal else 80)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def show_json(document: Any) -> None:
+    """Print one JSON document to stdout; NaN is refused, write null instead."""
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+class Meter:
+    """Counts work done; shown by `progress`."""
+
+    def __init__(self, done: int = 0) -> None:
+        self.done = done
+
+    def advance(self, amount: int) -> None:
+        """Add finished work, in the unit of the meter."""
+        self.done += amount
+
+
+class _TerminalMeter(Meter):
+    def __init__(self, bar: Any, task: Any, done: int) -> None:
+        super().__init__(done)
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int) -> None:
+        super().advance(amount)
+        self._bar.update(self._task, advance=amount)
+
+
+class _PlainMeter(Meter):
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+        super().__init__(done)
+        self._title, self._total, self._unit = title, total, unit
+        self._start = self._last = time.monotonic()
+        self._initial = done
+
+    def advance(self, amount: int) -> None:
+        super().advance(amount)
+        now = time.monotonic()
+        if now - self._last < PLAIN_LINE_SECONDS:
+            return
+        self._last = now
+        rate = (self.done - self._initial) / (now - self._start)
+        left = (self._total - self.done) / rate if rate > 0 else float("inf")
+        note(
+            f"{self._title}: {self.done:,} of {self._total:,} {self._unit} "
+            f"({self.done / max(self._total, 1):.0%}), {rate:,.0f} {self._unit}/s, "
+            f"{_duration(left)} left"
+        )
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Meter]:
+    """Show progress of work of known size: a bar on a terminal, plain lines when piped.
+
+    Args:
+        title: What is being done, as the user would say it.
+        total: Size of the work.
+        unit: Plural noun of what is counted, e.g. `tokens`.
+        done: Work that an earlier run has already finished.
+    """
+    if settings.quiet:
+        yield Meter(done)
+        return
+    if not sys.stderr.isatty():
+        yield _PlainMeter(title, total, unit, done)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=stderr(), transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, rate="")
+
+        class Rated(_TerminalMeter):
+            def advance(self, amount: int) -> None:
+                super().advance(amount)
+                rate = (self.done - done) / max(time.monotonic() - start, 1e-9)
+                bar.update(task, rate=f"{rate:,.0f} {unit}/s")
+
+        yield Rated(bar, task, done)
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

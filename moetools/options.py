@@ -1,0 +1,38 @@
+"""Option types shared by subcommands; one spelling and one help text for each."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Checkpoint folder, hub id org/name[@revision], or 'demo'."
+    ),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
+DataOption = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[GROUP=]DATA",
+        help="jsonl, json, csv, parquet or txt file, a folder of them, a hub data set "
+        "org/name[:config][@split], or 'demo'. Repeatable.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output folder that moetools wrote.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run with the same options.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n] or mps.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+TrustRemoteCodeOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint."),
+]
