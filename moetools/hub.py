@@ -30,7 +30,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 
 from moetools.errors import CheckpointError
 from moetools.safetensors_format import read_header
@@ -43,6 +47,7 @@ class HubRepository:
     """One model repository at one commit.
 
     Attributes:
+        name: The model as the user typed it.
         repo_id: `org/name`.
         commit: The commit that the revision meant when the repository was opened.
         snapshot: Folder of the local cache that holds the downloaded files of this commit.
@@ -55,15 +60,20 @@ class HubRepository:
             CheckpointError: No such repository or revision, no access, or offline and not cached.
         """
         self.repo_id = repo_id
-        self._typed = f"{repo_id}@{revision}" if revision else repo_id
-        with self._clear_errors("config.json"):
-            config = Path(hf_hub_download(repo_id, "config.json", revision=revision))
+        self.name = f"{repo_id}@{revision}" if revision else repo_id
+        try:
+            with self._clear_errors("config.json"):
+                config = Path(hf_hub_download(repo_id, "config.json", revision=revision))
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.name} is not a transformers checkpoint: it has no config.json."
+            ) from error
         self.snapshot = config.parent
         self.commit = self.snapshot.name
 
     def where(self, name: str) -> str:
         """A file of the repository in the user's words."""
-        return f"{self._typed}: {name}"
+        return f"{self.name}: {name}"
 
     def file(self, name: str) -> Path | None:
         """Fetch a small file; None where the repository has no such file."""
@@ -151,7 +161,7 @@ class HubRepository:
             ) from error
         except RevisionNotFoundError as error:
             raise CheckpointError(
-                f"{self._typed}: the repository has no such revision. Leave it out for the newest."
+                f"{self.name}: the repository has no such revision. Leave it out for the newest."
             ) from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise CheckpointError(
@@ -166,12 +176,13 @@ class HubRepository:
                 else f"{constants.ENDPOINT} cannot be reached"
             )
             raise CheckpointError(
-                f"{self._typed}: no such folder here, and {name} is not in the hub cache while "
+                f"{self.name}: no such folder here, and {name} is not in the hub cache while "
                 f"{reason}. Run `hf download {self.repo_id}` where there is a network."
             ) from error
         except EntryNotFoundError as error:
             raise FileNotFoundError(name) from error
         except HTTP_ERROR as error:
             raise CheckpointError(
-                f"{self._typed}: {name} cannot be read from {constants.ENDPOINT} ({error})."
+                f"{self.name}: {name} cannot be read from {constants.ENDPOINT} "
+                f"({str(error).splitlines()[0]})."
             ) from error
