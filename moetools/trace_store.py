@@ -479,8 +479,11 @@ def _to_numpy(column: pa.ChunkedArray, *, dropped: int | None = None) -> Array:
         return np.asarray(array.to_numpy(zero_copy_only=False))
     width = array.type.list_size
     values = array.values.slice(array.offset * width, len(array) * width)
+    missing = np.nan if dropped is None else dropped
+    if values.null_count:  # a null list is read with null elements
+        values = values.fill_null(missing)
     matrix = np.asarray(values.to_numpy(zero_copy_only=False)).reshape(-1, width)
     if array.null_count:
         matrix = matrix.copy()
-        matrix[np.asarray(array.is_null())] = np.nan if dropped is None else dropped
+        matrix[np.asarray(array.is_null())] = missing
     return matrix
