@@ -138,16 +138,12 @@ def name_ticks(axes: Axes, which: str, names: Sequence[Any]) -> None:
     numeric = all(isinstance(name, int | np.integer) for name in names)
     upright = which == "y" or numeric
     texts = [shorten(str(name)) for name in names]
-    size = axes.get_position()
-    width, height = axes.figure.get_size_inches()
-    if which == "y":
-        room = height * size.height / 0.15
-    else:
-        room = width * size.width / (0.3 if numeric else 0.16)
+    width, height = axes.get_window_extent().size / axes.figure.dpi
+    room = height / 0.15 if which == "y" else width / (0.3 if numeric else 0.16)
     step = max(1, int(np.ceil(len(names) / max(room, 1))))
     positions = range(0, len(names), step)
     axis.set_ticks(list(positions), [texts[i] for i in positions])
-    if not upright and sum(map(len, texts)) * 0.09 > width * size.width:
+    if not upright and sum(map(len, texts)) * 0.09 > width:
         axes.tick_params("x", rotation=90)
 
 
@@ -159,12 +155,15 @@ def shorten(name: str, length: int = 24) -> str:
 
 def data_uri(figure: Figure) -> str:
     """The figure as a `data:` address: SVG with outlined text, or PNG where that is smaller."""
-    kinds = (("svg", "image/svg+xml", {"Date": None}), ("png", "image/png", {}))
-    for kind, mime, metadata in kinds:
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(buffer, format=kind, dpi=PNG_DPI, metadata=metadata)
-        if len(buffer.getvalue()) <= MAX_SVG_BYTES:
-            break
-    return f"data:{mime};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    mime, picture = "svg+xml", _saved(figure, format="svg", metadata={"Date": None})
+    if len(picture) > MAX_SVG_BYTES:
+        mime, picture = "png", _saved(figure, format="png", dpi=PNG_DPI)
+    return f"data:image/{mime};base64,{base64.b64encode(picture).decode()}"
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
