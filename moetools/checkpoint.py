@@ -272,6 +272,8 @@ class Checkpoint:
 def _locate(model: str) -> Source:
     """Find out what the user means by MODEL."""
     if model == "demo":
+        if not DEMO.is_dir():
+            raise CheckpointError(f"{DEMO} is missing: install moetools again to get the demo.")
         return LocalFolder(DEMO, "demo")
     path = Path(model).expanduser()
     if path.is_dir():
@@ -279,16 +281,23 @@ def _locate(model: str) -> Source:
     if path.exists():
         raise CheckpointError(f"{model} is a file. Pass the folder that holds config.json.")
     hub_id = HUB_ID.fullmatch(model)
-    if hub_id and not model.startswith((".", "~")):
+    if hub_id is None or model.startswith((".", "~")):
+        hint = _similar_folder(path) or "Pass a folder, a hub id (org/name), or `demo`."
+        raise CheckpointError(f"{model}: no such folder. {hint}")
+    try:
         return HubRepository(hub_id["repo"], hub_id["revision"])
-    siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    hint = (
-        f"Did you mean {path.parent / close[0]}?"
-        if close
-        else "Pass a folder, a hub id (org/name), or `demo`."
-    )
-    raise CheckpointError(f"{model}: no such folder. {hint}")
+    except CheckpointError as error:
+        hint = _similar_folder(path)
+        raise CheckpointError(f"{error} {hint}".strip()) from error
+
+
+def _similar_folder(path: Path) -> str:
+    """A question for a mistyped path; empty where nothing beside it looks like it."""
+    if not path.parent.is_dir():
+        return ""
+    folders = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    close = difflib.get_close_matches(path.name, folders, n=1)
+    return f"Did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _read_config(source: Source) -> dict[str, Any]:
@@ -322,7 +331,8 @@ def _read_json(source: Source, path: Path) -> dict[str, Any]:
 
 def _read_tensors(source: Source) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     """Read the header of every weight file and hold them against the index."""
-    index = source.file(INDEX)
+    alone = source.cached(SINGLE) is not None and source.cached(INDEX) is None
+    index = None if alone else source.file(INDEX)
     weight_map = _weight_map(source, index) if index is not None else {}
     shards = sorted(set(weight_map.values())) or [SINGLE]
     if shards != [SINGLE] and source.cached(SINGLE) is not None:

@@ -77,6 +77,9 @@ class HubRepository:
 
     def file(self, name: str) -> Path | None:
         """Fetch a small file; None where the repository has no such file."""
+        known = try_to_load_from_cache(self.repo_id, name, revision=self.commit)
+        if known is not None:  # a path, or the cache's mark for a file that does not exist
+            return Path(known) if isinstance(known, str) else None
         try:
             with self._clear_errors(name):
                 return Path(hf_hub_download(self.repo_id, name, revision=self.commit))
