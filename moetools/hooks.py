@@ -1,0 +1,388 @@
+"""Record what the routers of a model select during a forward pass."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moetools.architectures import RouterCall, RouterSpec
+from moetools.errors import ArchitectureError, RoutingError
+
+KEEPS = frozenset({"logits", "inputs", "norms"})
+
+Reader = Callable[[RouterSpec, RouterCall], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class NaNRoutingError(RoutingError):
+    """A router returned NaN.
+
+    Attributes:
+        router: Name of the router.
+        rows: Rows [N] of the forward pass, counted before any mask.
+    """
+
+    def __init__(self, router: str, rows: Tensor) -> None:
+        super().__init__(
+            f"Router {router} returned NaN for {len(rows)} tokens; the checkpoint or its dtype is "
+            "broken. `--allow-nan` records them as they are."
+        )
+        self.router = router
+        self.rows = rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What one router did in one forward pass; row i is token i.
+
+    Attributes:
+        top_k_index: [T, K] int64.
+        top_k_weights: [T, K], as the model used them, in its dtype and order.
+        router_logits: [T, E] or None.
+        router_inputs: [T, H] or None.
+        expert_norms: [T, K] L2 norms of the experts' outputs before weighting, or None.
+    """
+
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    router_logits: Tensor | None = None
+    router_inputs: Tensor | None = None
+    expert_norms: Tensor | None = None
+
+    def select(self, rows: Tensor) -> "Routing":
+        """The given rows: a boolean mask [T] or row numbers [N]."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return Routing(
+            top_k_index=self.top_k_index[rows],
+            top_k_weights=self.top_k_weights[rows],
+            router_logits=pick(self.router_logits),
+            router_inputs=pick(self.router_inputs),
+            expert_norms=pick(self.expert_norms),
+        )
+
+
+class RouterRecorder:
+    """Hooks that keep, for each forward pass, what every router handed to its experts.
+
+    In the forward thread a hook checks shapes and keeps references; nothing is copied, except
+    router inputs, which models add to in place. Nothing is recorded outside `begin` and `take`.
+
+        with RouterRecorder(model, routers) as recorder:
+            recorder.begin(num_tokens=input_ids.numel(), mask=attention_mask)
+            model(input_ids, attention_mask=attention_mask)
+            routings = recorder.take()
+
+    Args:
+        model: The model in eager mode.
+        routers: Specs from `find_routers` on a model of the same class.
+        keep: What to keep beside selections and weights: `logits`, `inputs`, `norms`. Logits
+            cost nothing; norms run the experts once more for every place of K.
+        allow_nan: Record NaN instead of raising.
+
+    Raises:
+        ArchitectureError: The model is compiled, or a module of a spec is missing.
+        ValueError: An unknown name in `keep`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        routers: Sequence[RouterSpec],
+        *,
+        keep: frozenset[str] = frozenset(),
+        allow_nan: bool = False,
+    ) -> None:
+        if keep - KEEPS:
+            raise ValueError(f"keep: {sorted(keep - KEEPS)} not in {sorted(KEEPS)}")
+        refuse_compiled(model)
+        self.routers = tuple(routers)
+        self._model = model
+        self._keep = keep
+        self._allow_nan = allow_nan
+        self._handles: list[RemovableHandle] = []
+        self._recordings: dict[str, _Recording] = {}
+        self._num_tokens: int | None = None
+        self._rows: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        for spec in self.routers:
+            recording = _Recording(spec, self)
+            self._recordings[spec.name] = recording
+            try:
+                self._handles += recording.install(self._model)
+            except AttributeError as error:
+                self.remove()
+                raise ArchitectureError(
+                    f"Router {spec.name}: the model has no module {spec.module} or "
+                    f"{spec.experts_module} ({error})."
+                ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._recordings.clear()
+
+    @property
+    def recording(self) -> bool:
+        """Whether a firing belongs to a forward pass, not to a recomputation in backward."""
+        return self._num_tokens is not None and torch._C._current_graph_task_id() == -1
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Rows of the forward pass under way, padding included."""
+        return self._num_tokens
+
+    def begin(self, *, num_tokens: int, mask: Tensor | None = None) -> None:
+        """Expect one forward pass.
+
+        Args:
+            num_tokens: Batch size times length, padding included.
+            mask: True or 1 for the tokens that count, of `num_tokens` elements; `take` returns
+                these rows alone. None returns all.
+        """
+        if mask is not None and mask.numel() != num_tokens:
+            raise ValueError(f"mask has {mask.numel()} elements for {num_tokens} tokens")
+        for recording in self._recordings.values():
+            recording.clear()
+        self._num_tokens = num_tokens
+        keep_all = mask is None or bool(mask.all())
+        self._rows = None if keep_all or mask is None else mask.reshape(-1).bool().nonzero()[:, 0]
+
+    def take(self) -> dict[str, Routing]:
+        """What the forward pass since `begin` recorded, by router name.
+
+        Raises:
+            ArchitectureError: A router did not run.
+            RoutingError: An expert number out of range, or NaN without `allow_nan`.
+        """
+        silent = [each.spec for each in self._recordings.values() if each.index is None]
+        if silent:
+            raise ArchitectureError(
+                f"{len(silent)} of {len(self.routers)} routers did not run, the first is "
+                f"{silent[0].experts_module}: a kernel replaces the module, or the model skips it."
+            )
+        routings = {name: each.routing() for name, each in self._recordings.items()}
+        for recording in self._recordings.values():
+            recording.clear()
+        self._num_tokens = None
+        if self._rows is not None:
+            routings = {
+                name: each.select(self._rows.to(each.top_k_index.device))
+                for name, each in routings.items()
+            }
+        self._check(routings)
+        return routings
+
+    def _check(self, routings: dict[str, Routing]) -> None:
+        """Expert numbers in range and no NaN, with one wait for the device."""
+        specs = {spec.name: spec for spec in self.routers}
+        filled = {name: each for name, each in routings.items() if each.top_k_index.numel()}
+        if not filled:
+            return
+        bounds = torch.stack(
+            [torch.stack(each.top_k_index.aminmax()).cpu() for each in filled.values()]
+        )
+        for name, (low, high) in zip(filled, bounds.tolist(), strict=True):
+            if low < 0 or high >= specs[name].num_experts:
+                raise RoutingError(
+                    f"Router {name} selected expert {low if low < 0 else high}, but it has "
+                    f"{specs[name].num_experts} classes."
+                )
+        if self._allow_nan:
+            return
+        sums = torch.stack([_total(each) for each in filled.values()])
+        for name in [
+            name
+            for name, finite in zip(filled, sums.isfinite().tolist(), strict=True)
+            if not finite
+        ]:
+            bad = filled[name].top_k_weights.isnan().any(dim=-1)
+            logits = filled[name].router_logits
+            if logits is not None:
+                bad |= logits.isnan().any(dim=-1)
+            if bad.any():
+                rows = bad.nonzero()[:, 0]
+                if self._rows is not None:
+                    rows = self._rows.to(rows.device)[rows]
+                raise NaNRoutingError(name, rows)
+
+
+def _total(routing: Routing) -> Tensor:
+    """A number that is not finite when a weight or a logit is NaN."""
+    total = routing.top_k_weights.sum(dtype=torch.float32)
+    if routing.router_logits is not None:
+        total = total + routing.router_logits.sum(dtype=torch.float32)
+    return total.cpu()
+
+
+class _Recording:
+    """One router during one forward pass."""
+
+    def __init__(self, spec: RouterSpec, recorder: RouterRecorder) -> None:
+        self.spec = spec
+        self._recorder = recorder
+        self._keep = recorder._keep
+        self._read: Reader = read_call
+        if spec.reader is not None:
+            family = importlib.import_module(f"moetools.architectures.{spec.reader}")
+            self._read = family.ARCHITECTURE.read
+        self.clear()
+
+    def clear(self) -> None:
+        self.index: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.inputs: Tensor | None = None
+        self.norms: Tensor | None = None
+        self._router_output: tuple[Any, ...] = ()
+
+    def install(self, model: nn.Module) -> list[RemovableHandle]:
+        router = model.get_submodule(self.spec.module)
+        experts = model.get_submodule(self.spec.experts_module)
+        handles = [router.register_forward_hook(self._router_ran)]
+        if "inputs" in self._keep:
+            handles.append(router.register_forward_pre_hook(self._keep_inputs))
+        if self.spec.tap == "experts":
+            handles.append(
+                experts.register_forward_pre_hook(self._experts_called, with_kwargs=True)
+            )
+        if "norms" in self._keep:
+            if self.spec.tap != "experts":
+                raise ArchitectureError(
+                    f"Router {self.spec.name}: this family sorts tokens by expert before it calls "
+                    "the experts; norms of their outputs cannot be recorded."
+                )
+            handles.append(experts.register_forward_hook(self._keep_norms, with_kwargs=True))
+        return handles
+
+    def routing(self) -> Routing:
+        assert self.index is not None
+        assert self.weights is not None
+        return Routing(
+            top_k_index=self.index.long(),
+            top_k_weights=self.weights,
+            router_logits=self.logits if "logits" in self._keep else None,
+            router_inputs=self.inputs,
+            expert_norms=self.norms,
+        )
+
+    def _router_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._recorder.recording:
+            return
+        self._router_output = output if isinstance(output, tuple) else (output,)
+        if self.spec.tap == "router":
+            self._record(())
+
+    def _experts_called(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._recorder.recording:
+            self._record((*args, *kwargs.values()))
+
+    def _record(self, experts_args: tuple[Any, ...]) -> None:
+        spec = self.spec
+        if self.index is not None:
+            raise ArchitectureError(
+                f"{spec.experts_module} ran twice in one forward pass; its selections cannot be "
+                "assigned to tokens."
+            )
+        call = RouterCall(router_output=self._router_output, experts_args=experts_args)
+        index, weights, logits = self._read(spec, call)
+        expected = (self._recorder.num_tokens, spec.top_k)
+        if tuple(index.shape) != expected or index.is_floating_point():
+            raise ArchitectureError(
+                f"{spec.experts_module} received a selection of shape {list(index.shape)} and type "
+                f"{index.dtype}; expected whole numbers of shape {list(expected)} [tokens, experts "
+                "per token]."
+            )
+        if weights.shape != index.shape or not weights.is_floating_point():
+            raise ArchitectureError(
+                f"{spec.experts_module} received weights of shape {list(weights.shape)} and type "
+                f"{weights.dtype} for a selection of shape {list(index.shape)}."
+            )
+        if logits is not None and tuple(logits.shape) != (index.shape[0], spec.num_experts):
+            raise ArchitectureError(
+                f"{spec.module} returned logits of shape {list(logits.shape)}; expected "
+                f"{[index.shape[0], spec.num_experts]} [tokens, experts]."
+            )
+        if logits is None and "logits" in self._keep:
+            raise ArchitectureError(f"{spec.module} returned no logits [tokens, experts].")
+        self.index = index.detach()
+        self.weights = weights.detach()
+        self.logits = None if logits is None else logits.detach()
+
+    def _keep_inputs(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._recorder.recording:
+            self.inputs = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+
+    def _keep_norms(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not self._recorder.recording:
+            return
+        hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())[:3]
+        ones = torch.ones_like(top_k_weights[:, :1])
+        with torch.no_grad():
+            outputs = [
+                module.forward(hidden_states, top_k_index[:, place : place + 1].contiguous(), ones)
+                for place in range(self.spec.top_k)
+            ]
+        self.norms = torch.stack(
+            [each.reshape(len(ones), -1).float().norm(dim=-1) for each in outputs], dim=-1
+        )
+
+
+def read_call(spec: RouterSpec, call: RouterCall) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Selection of `experts(hidden_states, top_k_index, top_k_weights)`, logits of the router."""
+    if len(call.experts_args) != 3:
+        raise ArchitectureError(
+            f"{spec.experts_module} was called with {len(call.experts_args)} arguments; expected "
+            "(hidden_states, top_k_index, top_k_weights)."
+        )
+    _, top_k_index, top_k_weights = call.experts_args
+    logits = next(
+        (
+            each
+            for each in call.router_output
+            if isinstance(each, Tensor)
+            and each.is_floating_point()
+            and each.shape[-1] == spec.num_experts
+        ),
+        None,
+    )
+    if logits is not None and logits.dim() > 2:
+        logits = logits.reshape(-1, spec.num_experts)
+    return top_k_index, top_k_weights, logits
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Hooks do not run inside a compiled graph.
+
+    Raises:
+        ArchitectureError: The model, or one of its modules, is compiled.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f" (module {name})" if name else ""
+            raise ArchitectureError(
+                f"The model is compiled{where}: its routers cannot be recorded. Load it without "
+                "torch.compile."
+            )

@@ -1,0 +1,94 @@
+"""Build a model without weights, or load one, ready for recording its routers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from moetools.errors import ArchitectureError, CheckpointError
+
+
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that reads text and predicts the next token.
+
+    Raises:
+        ArchitectureError: transformers has none for this config.
+    """
+    for mapping in (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    ):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise ArchitectureError(
+        f"transformers has no causal language model for model_type '{config.model_type}'."
+    )
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config on the meta device: names and shapes, no weights."""
+    model_class = causal_lm_class(config)
+    with torch.device("meta"):
+        return model_class._from_config(text_config(model_class, config)).eval()
+
+
+def text_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that a class is built from: the text part for a text-only class."""
+    text = config.get_text_config()
+    return text if isinstance(text, model_class.config_class) else config
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    experts_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a local checkpoint for recording: safetensors only, in evaluation mode.
+
+    Args:
+        path: Checkpoint folder.
+        dtype: A dtype, or `auto` for the checkpoint's own.
+        device: Where the whole model goes.
+        trust_remote_code: Run code that the checkpoint brings along.
+        attention: `attn_implementation` of transformers; None for its own choice.
+        experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None for the
+            choice of transformers.
+
+    Raises:
+        CheckpointError: Files are damaged, or tensors that the model needs are missing.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if experts_implementation is not None:
+        options["experts_implementation"] = experts_implementation
+    if trust_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **options)
+    else:
+        model_class = causal_lm_class(config)
+        options["config"] = text_config(model_class, config)
+        model, info = model_class.from_pretrained(path, **options)
+    missing = sorted(key for key in info["missing_keys"] if "correction_bias" not in key)
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} tensors of the model are not in the checkpoint, the first is "
+            f"{missing[0]}."
+        )
+    return model.to(device).eval()
