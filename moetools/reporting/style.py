@@ -138,7 +138,8 @@ def name_ticks(axes: Axes, which: str, names: Sequence[Any]) -> None:
     numeric = all(isinstance(name, int | np.integer) for name in names)
     upright = which == "y" or numeric
     texts = [shorten(str(name)) for name in names]
-    width, height = axes.get_window_extent().size / axes.figure.dpi
+    extent, dpi = axes.get_window_extent(), axes.figure.dpi
+    width, height = extent.width / dpi, extent.height / dpi
     room = height / 0.15 if which == "y" else width / (0.3 if numeric else 0.16)
     step = max(1, int(np.ceil(len(names) / max(room, 1))))
     positions = range(0, len(names), step)
