@@ -306,12 +306,14 @@ class TraceStore:
     Args:
         path: The trace folder.
         partial: Accept an incomplete trace; only its finished parts are read.
+        name: What outputs call this trace; by default its folder's name.
     Raises:
         TraceError: Not a trace, of another format version, damaged, or incomplete.
     """
 
-    def __init__(self, path: Path, *, partial: bool = False) -> None:
+    def __init__(self, path: Path, *, partial: bool = False, name: str | None = None) -> None:
         self.path = Path(path)
+        self.name = name or self.path.resolve().name
         file = self.path / MANIFEST
         if not file.is_file():
             raise TraceError(
@@ -330,11 +332,6 @@ class TraceStore:
                 "--resume, or read what is there with --partial."
             )
         self._parts = [self._open_part(part) for part in self._part_numbers()]
-
-    @property
-    def name(self) -> str:
-        """What outputs call this trace: its folder's name."""
-        return self.path.resolve().name
 
     @property
     def routers(self) -> tuple[TracedRouter, ...]:
