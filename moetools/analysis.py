@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from moetools import console, registry
 from moetools.errors import RequestError
+from moetools.intervals import Scope, basic_interval
 from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class Analysis:
         start: Makes an empty state.
         plots: Pictures of the finished table (of one or several traces).
         findings: Sentences for the summary, from the finished table of one trace.
+        limits: Sentences on what it leaves out for this trace, with the reason.
     """
 
     title: str
@@ -97,14 +100,22 @@ class Analysis:
     start: Callable[[TraceStore, Options], State]
     plots: Callable[[pd.DataFrame], Iterable[Picture]]
     findings: Callable[[pd.DataFrame], Iterable[Finding]]
+    limits: Callable[[TraceStore], Sequence[str]] = lambda trace: ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Tables by analysis name, and the analyses that did not run with their reasons."""
+    """What the analyses of some traces gave, by analysis name.
+
+    Attributes:
+        tables: One table with the rows of all traces.
+        skipped: Reasons of the analyses that did not run, or not on every trace.
+        limits: What an analysis that ran left out, with the reasons.
+    """
 
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def router_columns(trace: TraceStore, family: str) -> list[str]:
@@ -127,11 +138,44 @@ def rows(metric: str, scope: str, value: Any, **columns: Any) -> pd.DataFrame:
         value: The numbers.
         **columns: Key columns, metric parameters, `low`, `high`, `num_tokens`.
     """
-    length = max(
-        [np.size(value), *(np.size(c) for c in columns.values() if not isinstance(c, str))]
-    )
     data: dict[str, Any] = {"metric": metric, "scope": scope, "value": value, **columns}
-    return pd.DataFrame(data, index=range(length))
+    lengths = {len(column) for column in data.values() if np.ndim(column) > 0}
+    if len(lengths) > 1:
+        raise ValueError(f"Columns of {metric} differ in length: {sorted(lengths)}.")
+    return pd.DataFrame(data, index=range(lengths.pop() if lengths else 1))
+
+
+def layer_rows(
+    metric: str,
+    scope: Scope,
+    layers: Sequence[int],
+    draws: NDArray[Any],
+    *,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    pool: Callable[..., NDArray[Any]] | None = np.mean,
+    **columns: Any,
+) -> pd.DataFrame:
+    """A metric of every layer, and pooled over the layers, with bootstrap intervals.
+
+    Args:
+        metric: Metric name.
+        scope: The sequences: `layer` and `model` rows for the whole trace, `group` rows for one.
+        layers: [L] layers.
+        draws: [1 + B, L] the metric, then its bootstrap replicates; [1, L] for no interval.
+        bounds: Range of the metric.
+        pool: Makes the value of all layers from those of each (`np.mean`, `np.sum`).
+        **columns: Further columns of every row.
+    """
+    layer = pd.array(layers, dtype="Int64")
+    if pool is not None:
+        draws = np.column_stack([draws, pool(draws, axis=1)])
+        layer = pd.array([*layers, pd.NA], dtype="Int64")
+    low, high = basic_interval(draws[0], draws[1:], bounds=bounds)
+    names = np.where(layer.isna(), "model", "layer") if scope.group is None else "group"
+    return rows(
+        metric, "layer", draws[0], layer=layer, low=low, high=high,
+        group=scope.group, num_tokens=scope.num_tokens, **columns,
+    ).assign(scope=names)  # fmt: skip
 
 
 def tidy(parts: Sequence[pd.DataFrame], *, trace: str, step: int | None = None) -> pd.DataFrame:
@@ -143,9 +187,9 @@ def tidy(parts: Sequence[pd.DataFrame], *, trace: str, step: int | None = None) 
             table[name] = None
     parameters = sorted(set(table.columns) - set(KEY_COLUMNS) - set(VALUE_COLUMNS))
     table = table[[*KEY_COLUMNS, *parameters, *VALUE_COLUMNS]]
-    types: dict[str, str] = {name: "Int64" for name in INTEGER_COLUMNS}
-    types |= {name: "float64" for name in ("value", "low", "high")}
-    types |= {name: "string" for name in ("trace", "metric", "scope", "group", "group_b")}
+    types: dict[str, str] = dict.fromkeys(INTEGER_COLUMNS, "Int64")
+    types |= dict.fromkeys(("value", "low", "high"), "float64")
+    types |= dict.fromkeys(("trace", "metric", "scope", "group", "group_b"), "string")
     return table.astype(types)
 
 
@@ -187,8 +231,13 @@ def run(
         for name, analysis in analyses.items():
             needed = analysis.columns(trace)
             if isinstance(needed, str):
-                results.skipped[name] = needed
+                reason = needed if len(traces) == 1 else f"{trace.name}: {needed}"
+                results.skipped[name] = " ".join(
+                    [*filter(None, [results.skipped.get(name)]), reason]
+                )
                 continue
+            limits = results.limits.get(name, ())
+            results.limits[name] = tuple(dict.fromkeys([*limits, *analysis.limits(trace)]))
             columns.update(needed)
             states[name] = analysis.start(trace, options)
         with console.progress(f"Reading {trace.name}", trace.num_tokens, "tokens") as meter:

@@ -1,0 +1,212 @@
+"""How undecided a router is about a token, a text and the whole data.
+
+With p(t) the router's probabilities for a token, H the entropy, and means over tokens:
+
+- `token_entropy`: mean of H(p(t)). Low: the router is sure about each token.
+- `sequence_entropy`: mean of H(mean of p over the token's sequence).
+- `mean_entropy`: H(mean of p over all tokens of the scope). High: all experts get used.
+- `within_sequence_information` = `sequence_entropy` - `token_entropy`: how much more the token
+  tells about the expert than its sequence does (mutual information of token and expert within a
+  sequence).
+- `between_sequence_information` = `mean_entropy` - `sequence_entropy`: mutual information of
+  sequence and expert. `between_sequence_floor`: what it would be if all sequences were alike, from
+  the difference between the even and odd tokens of each sequence; short sequences raise both.
+- `load_entropy`: entropy of the share of selections of each expert (needs no probabilities).
+
+All in nats; the three `*_entropy` of probabilities and `load_entropy` also as `..._relative`,
+divided by ln E: 0 to 1. Scopes: `layer`, `model` (mean over layers), `group` with and without a
+layer. Feed-forward routers only.
+
+What would fool you: probabilities are a softmax over all experts, or the scores over their sum for
+sigmoid routers, whose entropy is high by construction; compare layers and groups, not families.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from moetools.analysis import (
+    Analysis,
+    Finding,
+    Options,
+    Picture,
+    layer_rows,
+    mlp_routers,
+)
+from moetools.expert_counts import count_selections
+from moetools.information import entropy
+from moetools.intervals import Cells
+from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
+
+FAMILIES = ("probs", "probs_even", "probs_odd", "entropy")
+NUM_SCALARS = 4
+RELATIVE = ("token_entropy", "sequence_entropy", "mean_entropy", "load_entropy")
+
+
+def start(trace: TraceStore, options: Options) -> "EntropyState":
+    """An empty state."""
+    return EntropyState(mlp_routers(trace), trace.groups, options)
+
+
+def columns(trace: TraceStore) -> Sequence[str] | str:
+    """Selections, and the sums of probabilities where the rule is known."""
+    routers = mlp_routers(trace)
+    if not routers:
+        return "The trace has no router of feed-forward experts."
+    needed = [f"experts.{router.name}" for router in routers]
+    return needed + [
+        f"{family}.{router.name}"
+        for router in routers
+        if router.rule is not None
+        for family in FAMILIES
+    ]
+
+
+def limits(trace: TraceStore) -> Sequence[str]:
+    """Layers without probabilities."""
+    layers = [str(router.layer) for router in mlp_routers(trace) if router.rule is None]
+    if not layers:
+        return ()
+    return (
+        "Only the entropy of the load for layers whose scoring rule is unknown, hence without "
+        f"probabilities: {', '.join(layers)}.",
+    )
+
+
+class EntropyState:
+    """Per cell: selections, and sums over tokens of entropies and probabilities."""
+
+    def __init__(
+        self, routers: Sequence[TracedRouter], groups: Sequence[str], options: Options
+    ) -> None:
+        self.routers, self.options = routers, options
+        self.cells = Cells(groups)
+        self.counts = {
+            router.name: np.zeros((len(self.cells), router.num_experts), dtype=np.int64)
+            for router in routers
+        }
+        self.sums = {
+            router.name: np.zeros((len(self.cells), NUM_SCALARS + router.num_experts))
+            for router in routers
+            if router.rule is not None
+        }
+
+    def update(self, batch: TraceBatch) -> None:
+        """Add whole sequences."""
+        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        for router in self.routers:
+            name = router.name
+            count_selections(
+                batch.tokens[f"experts.{name}"], batch.offsets, cell, self.counts[name]
+            )
+            if name in self.sums:
+                sums = sequence_sums(
+                    *(batch.sequences[f"{family}.{name}"] for family in FAMILIES), batch.lengths
+                )
+                np.add.at(self.sums[name], cell, sums)
+
+    def merge(self, other: Self) -> None:
+        """Add another part."""
+        self.cells.merge(other.cells)
+        for mine, theirs in ((self.counts, other.counts), (self.sums, other.sums)):
+            for name in mine:
+                mine[name] += theirs[name]
+
+    def table(self) -> pd.DataFrame:
+        """All rows."""
+        return pd.concat(list(self._rows()), ignore_index=True)
+
+    def _rows(self) -> Iterator[pd.DataFrame]:
+        for scope in self.cells.scopes(seed=self.options.seed):
+            values: dict[str, list[NDArray[np.float64]]] = {}
+            layers: dict[str, list[int]] = {}
+            for router in self.routers:
+                found = {"load_entropy": entropy(scope.draws(self.counts[router.name]))}
+                if router.name in self.sums:
+                    found |= metrics(scope.draws(self.sums[router.name]))
+                for name in RELATIVE:
+                    if name in found and router.num_experts > 1:
+                        found[f"{name}_relative"] = found[name] / np.log(router.num_experts)
+                for name, value in found.items():
+                    values.setdefault(name, []).append(value)
+                    layers.setdefault(name, []).append(router.layer)
+            for name, value in values.items():
+                draws = np.stack(value, axis=1)
+                yield layer_rows(name, scope, layers[name], draws, bounds=(0, np.inf))
+
+
+def sequence_sums(
+    probs: NDArray[np.float32],
+    even: NDArray[np.float32],
+    odd: NDArray[np.float32],
+    token_entropy: NDArray[np.float32],
+    lengths: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """[S, 4 + E] what adds up over sequences.
+
+    Args:
+        probs: [S, E] mean probabilities of each sequence.
+        even: [S, E] the same of its even tokens, up to a factor.
+        odd: [S, E] the same of its odd tokens, up to a factor.
+        token_entropy: [S] mean entropy of its tokens.
+        lengths: [S] tokens of each sequence.
+
+    Returns:
+        Tokens times: mean token entropy, entropy of the sequence's mean, distance of the halves
+        (Jensen-Shannon, nats); tokens of the sequences that have two halves; tokens times probs.
+    """
+    mean = probs.astype(np.float64)
+    halves = np.stack([even, odd]).astype(np.float64)
+    sizes = halves.sum(axis=2)
+    two = (sizes > 0).all(axis=0)
+    halves[:, two] /= sizes[:, two, None]
+    distance = np.zeros(len(mean))
+    distance[two] = entropy(halves[:, two].mean(axis=0)) - entropy(halves[:, two]).mean(axis=0)
+    scalars = np.stack([token_entropy, entropy(mean), distance, two], axis=1)
+    return np.hstack([scalars, mean]) * lengths[:, None]
+
+
+def metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """[...] metrics of sums [..., 4 + E] made by `sequence_sums`."""
+    tokens = sums[..., NUM_SCALARS:].sum(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        token_entropy, sequence_entropy = sums[..., 0] / tokens, sums[..., 1] / tokens
+        floor = sums[..., 2] / sums[..., 3]
+    mean_entropy = entropy(sums[..., NUM_SCALARS:])
+    return {
+        "token_entropy": token_entropy,
+        "sequence_entropy": sequence_entropy,
+        "mean_entropy": mean_entropy,
+        "within_sequence_information": sequence_entropy - token_entropy,
+        "between_sequence_information": mean_entropy - sequence_entropy,
+        "between_sequence_floor": floor,
+    }
+
+
+def plots(table: pd.DataFrame) -> Iterator[Picture]:
+    """Pictures."""
+    yield from ()
+
+
+def findings(table: pd.DataFrame) -> Iterator[Finding]:
+    """Sentences."""
+    yield from ()
+
+
+ANALYSIS = Analysis(
+    title="Entropy",
+    source="moetools",
+    about=(
+        "How undecided the router is about one token, about one text and over all texts. Between "
+        "the three lies what the token, and what the text, tells about the expert. Short texts "
+        "make texts look different: compare with the floor."
+    ),
+    columns=columns,
+    start=start,
+    plots=plots,
+    findings=findings,
+    limits=limits,
+)
