@@ -12,6 +12,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -101,26 +102,30 @@ def heatmap(
         rows: Names of the rows; as many are written as fit.
         columns: Names of the columns; the column number if absent.
         label: What the colours mean.
-        vmin: Value of the lightest colour; by default the 1st percentile.
-        vmax: Value of the darkest colour; by default the 99th percentile.
-        center: A neutral value: colours then diverge around it.
+        vmin: Value of the first colour; by default the smallest, in large matrices the 1st
+            percentile.
+        vmax: Value of the last colour; by default the largest, or the 99th percentile.
+        center: A neutral value: colours then diverge around it, on each side up to its limit.
     """
     finite = matrix[np.isfinite(matrix)]
-    outside = "neither"
-    if finite.size:
-        low, high = np.percentile(finite, [1, 99])
-        vmin = low if vmin is None else vmin
-        vmax = high if vmax is None else vmax
-        if center is not None:
-            reach = max(abs(vmax - center), abs(center - vmin), 1e-12)
-            vmin, vmax = center - reach, center + reach
-        below, above = bool(finite.min() < vmin), bool(finite.max() > vmax)
-        outside = ("both" if above else "min") if below else ("max" if above else "neither")
-    colors = matplotlib.colormaps[SEQUENTIAL if center is None else DIVERGING].with_extremes(
-        bad="#eeeeee"
-    )
+    if not finite.size:
+        finite = np.zeros(1)
+    low, high = np.percentile(finite, [1, 99] if finite.size >= 400 else [0, 100])
+    vmin = low if vmin is None else vmin
+    vmax = high if vmax is None else vmax
+    below, above = bool(finite.min() < vmin), bool(finite.max() > vmax)
+    outside = ("both" if above else "min") if below else ("max" if above else "neither")
+    if center is None:
+        norm = Normalize(vmin, vmax)
+    else:
+        norm = TwoSlopeNorm(center, min(vmin, center - 1e-9), max(vmax, center + 1e-9))
+    colors = matplotlib.colormaps[SEQUENTIAL if center is None else DIVERGING]
     image = axes.imshow(
-        matrix, aspect="auto", interpolation="none", cmap=colors, vmin=vmin, vmax=vmax
+        matrix,
+        aspect="auto",
+        interpolation="none",
+        cmap=colors.with_extremes(bad="#eeeeee"),
+        norm=norm,
     )
     axes.grid(visible=False)
     name_ticks(axes, "y", rows)

@@ -1,0 +1,73 @@
+"""A report as lines for a terminal, and as one JSON document."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from moetools.reporting import page
+from moetools.reporting.report import Report
+
+MAX_LAYERS = 24
+
+
+def lines(report: Report) -> Iterator[RenderableType]:
+    """What a terminal shows: coverage, findings in words, main numbers, where the rest is."""
+    several = len(report.traces) > 1
+    for trace in report.traces:
+        manifest = trace.manifest
+        yield Text(f"{trace.name}: {manifest.model}" if several else manifest.model, style="bold")
+        groups = f", {len(trace.groups)} groups" if trace.groups else ""
+        size = f"{trace.num_tokens:,} tokens, {trace.num_sequences:,} sequences{groups}"
+        yield Text("; ".join(filter(None, [manifest.coverage, size])))
+        if not manifest.complete:
+            yield Text("This trace is incomplete.", style="bold")
+        unusual, usual = page.split_findings(report.findings[trace.name])
+        yield Text()
+        for heading, found in (("Unusual", unusual), ("Also", usual)):
+            if found:
+                yield Text(heading, style="bold")
+                yield from (_item(finding.text) for finding in found)
+        yield Text()
+    table = page.headline_table(report.metrics, [trace.name for trace in report.traces])
+    if table.rows:
+        yield _rich(table)
+    for name, reason in report.results.skipped.items():
+        yield Text(f"Not run: {name}. {reason}")
+    yield Text(f"Report: {report.path / 'report.html'}")
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The document of `metrics.json` with the findings and the place of the report."""
+    findings = {
+        trace: [asdict(finding) for finding in found] for trace, found in report.findings.items()
+    }
+    return {**report.metrics, "findings": findings, "report": str(report.path / "report.html")}
+
+
+def _item(text: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row("•", Text(text))
+    return Padding(grid, (0, 0, 0, 2))
+
+
+def _rich(table: page.Table) -> RenderableType:
+    step = -(-len(table.rows) // MAX_LAYERS)
+    kept = [*table.rows[:-1:step], table.rows[-1]]
+    shown = Table(
+        title=table.title + (f", one of {step} shown" if step > 1 else ""),
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    for name in table.names:
+        shown.add_column(name)
+    for column in table.columns:
+        shown.add_column(" ".join(column), justify="right")
+    for row in kept:
+        shown.add_row(*(Text(cell.text) for cell in row))
+    return shown
