@@ -218,6 +218,26 @@ class Checkpoint:
         fetched: torch.Tensor = load(len(header).to_bytes(8, "little") + header + data)[key]
         return fetched
 
+    def check_shapes(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Compare the tensors that a model has under the same name on disk.
+
+        Args:
+            state: State dict of the model that `config.json` describes; may be on the meta device.
+
+        Raises:
+            CheckpointError: A shape differs: `config.json` belongs to another checkpoint.
+        """
+        wrong = [
+            f"{key} has shape {list(info.shape)}, expected {list(state[key].shape)}"
+            for key, info in self.tensors.items()
+            if key in state and info.shape != tuple(state[key].shape)
+        ]
+        if wrong and "quantization_config" not in self.config_dict:
+            raise CheckpointError(
+                f"{self.name} does not fit its config.json: {_some(wrong)}. Use the config.json "
+                "that belongs to these weights."
+            )
+
     def fingerprint(self, keys: Iterable[str]) -> dict[str, str]:
         """Sha256 (hexadecimal) of the raw bytes of each tensor, as they lie on disk.
 
@@ -226,12 +246,12 @@ class Checkpoint:
         """
         return {key: self._sha256(self.tensors[key]) for key in keys}
 
-    def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside the weights, by file name."""
+    def has_tokenizer(self) -> bool | None:
+        """Whether a tokenizer lies beside the weights, by file name; None if it cannot be seen."""
+        if any(self._source.cached(name) for name in TOKENIZER_FILES):
+            return True
         names = self._source.names()
-        if names is None:
-            return any(self._source.cached(name) for name in TOKENIZER_FILES)
-        return bool(set(names).intersection(TOKENIZER_FILES))
+        return None if names is None else bool(set(names).intersection(TOKENIZER_FILES))
 
     def local_path(self) -> Path:
         """Folder with all weights and the tokenizer; downloads a hub model if it must.
@@ -446,25 +466,15 @@ def _check_model_type(source: Source, config_dict: dict[str, Any], trust_remote_
     A checkpoint that brings code for a family that transformers has (most DeepSeek releases) is
     read with transformers' own code.
     """
-    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = config_dict["model_type"]
-    if model_type in CONFIG_MAPPING_NAMES:
-        return
-    if "auto_map" in config_dict:
-        if trust_remote_code:
-            return
-        raise CheckpointError(
-            f"{source.name}: model_type {model_type!r} needs code that comes with the "
-            "checkpoint. Read that code, then pass --trust-remote-code to run it."
-        )
-    close = difflib.get_close_matches(model_type, CONFIG_MAPPING_NAMES, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    raise CheckpointError(
-        f"{source.where(CONFIG)}: transformers {transformers.__version__} has no model_type "
-        f"{model_type!r}. {hint}A newer transformers may have it."
-    )
+    from moetools.architectures import refusal
+
+    if config_dict["model_type"] in CONFIG_MAPPING_NAMES:
+        return  # a known family that cannot be recorded can still be inspected
+    reason = refusal(config_dict, trust_remote_code=trust_remote_code)
+    if reason is not None:
+        raise CheckpointError(f"{source.where(CONFIG)}: {reason}.")
 
 
 def _file_header(path: Path, where: str) -> tuple[bytes, int]:

@@ -177,10 +177,10 @@ def test_path_typos(single):
         ("{}", ["config.json names no model_type"]),
         ('{"model_type": "olmo"}', []),
         ('{"model_type": "mixtrall"}', ["no model_type 'mixtrall'", "Did you mean 'mixtral'?"]),
-        ('{"model_type": "zzzzzz"}', ["no model_type 'zzzzzz'. A newer transformers"]),
+        ('{"model_type": "zzzzzz"}', ["knows no model_type 'zzzzzz'."]),
         (
             '{"model_type": "zzzzzz", "auto_map": {"AutoConfig": "code.C"}}',
-            ["needs code that comes with the checkpoint", "--trust-remote-code"],
+            ["'zzzzzz' is not part of transformers", "--trust-remote-code"],
         ),
     ],
 )
