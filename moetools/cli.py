@@ -27,6 +27,7 @@ def _with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, debug: bool, quiet: bool, **kwargs: Any) -> None:
         console.settings.debug, console.settings.quiet = debug, quiet
+        console.settings.resume_hint = None
         console.setup_logging()
         command(*args, **kwargs)
 

@@ -51,13 +51,16 @@ def note(message: str) -> None:
 
 
 def show(*renderables: "RenderableType") -> None:
-    """Print results to stdout: at most 100 columns on a terminal, 80 when piped."""
+    """Print results to stdout: tables at most 100 columns wide on a terminal, 80 when piped.
+
+    Plain strings are not wrapped, so that commands and paths in them can be copied.
+    """
     from rich.console import Console
 
     console = Console(highlight=False)
     console = Console(highlight=False, width=min(console.width, 100) if console.is_terminal else 80)
     for renderable in renderables:
-        console.print(renderable)
+        console.print(renderable, soft_wrap=isinstance(renderable, str))
 
 
 def show_json(document: Any) -> None:

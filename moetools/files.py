@@ -73,8 +73,8 @@ def output_folder(
 
     A resumable output is written in place and marked complete at the end. Any other output is
     written to a temporary sibling that takes the place of `out` at the end. A folder that is
-    replaced is set aside until the new one is complete, and put back if a killed run left nothing
-    in its place.
+    replaced is set aside until the new one is complete, and put back if a run that failed or was
+    killed left nothing in its place.
 
     Args:
         out: The folder that the user named.
@@ -106,8 +106,10 @@ def output_folder(
         try:
             yield OutputFolder(path=fresh, resumed=resumed)
         except BaseException:
-            if not resumable:
+            if not resumable or [path.name for path in fresh.iterdir()] == [MARKER]:
                 shutil.rmtree(fresh, ignore_errors=True)
+                if aside.exists() and not out.exists():
+                    os.rename(aside, out)
             raise
         write_json(fresh / MARKER, {"kind": kind, "complete": True})
         if not resumable:
@@ -117,6 +119,15 @@ def output_folder(
             sync_folder(out.parent)
         if aside.exists():
             shutil.rmtree(aside)
+
+
+def check_output(
+    out: Path, *, kind: str, overwrite: bool = False, resume: bool = False, resumable: bool = False
+) -> None:
+    """Raise what `output_folder` would raise, before work that takes time; arguments as there."""
+    out = Path(os.path.abspath(out))
+    _refuse_dangerous(out, ())
+    _may_use(out, kind=kind, overwrite=overwrite, resume=resume, resumable=resumable)
 
 
 def _refuse_dangerous(out: Path, inputs: Sequence[Path]) -> None:

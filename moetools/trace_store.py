@@ -87,6 +87,7 @@ class TraceManifest:
     plan: dict[str, Any] = field(default_factory=dict)
     num_parts: int = 0
     coverage: str = ""
+    notes: tuple[str, ...] = ()
     complete: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class TraceManifest:
         try:
             known = {f.name: document[f.name] for f in fields(cls) if f.name in document}
             known["routers"] = tuple(TracedRouter(**router) for router in document["routers"])
-            for name in ("groups", "keep"):
+            for name in ("groups", "keep", "notes"):
                 known[name] = tuple(document[name])
             return cls(**known)
         except (KeyError, TypeError) as error:
@@ -254,15 +255,20 @@ def _part_paths(path: Path, part: int) -> tuple[Path, Path]:
     return path / "tokens" / name, path / "sequences" / name
 
 
-def rows_per_group(manifest: TraceManifest) -> int:
-    """How many tokens a row group should hold: 64 Ki, fewer where rows are wide."""
-    row_bytes = 0
+def row_bytes(manifest: TraceManifest) -> int:
+    """Bytes that one row of the token table takes in memory."""
+    total = 0
     for column in token_schema(manifest):
         is_list = pa.types.is_fixed_size_list(column.type)
         leaf = column.type.value_type if is_list else column.type
         width = 8 if pa.types.is_dictionary(leaf) else leaf.bit_width
-        row_bytes += width // 8 * (column.type.list_size if is_list else 1)
-    return max(1, min(ROW_GROUP_TOKENS, ROW_GROUP_BYTES // row_bytes))
+        total += width // 8 * (column.type.list_size if is_list else 1)
+    return total
+
+
+def rows_per_group(manifest: TraceManifest) -> int:
+    """How many tokens a row group should hold: 64 Ki, fewer where rows are wide."""
+    return max(1, min(ROW_GROUP_TOKENS, ROW_GROUP_BYTES // row_bytes(manifest)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
