@@ -10,7 +10,7 @@ from moetools.options import JsonOption, OutOption, OverwriteOption, SeedOption
 
 def report(
     traces: Annotated[
-        list[Path], typer.Argument(metavar="TRACE...", help="Trace folders; several are compared.")
+        list[Path], typer.Argument(metavar="TRACE", help="Trace folders; several are compared.")
     ],
     out: OutOption,
     only: Annotated[

@@ -53,11 +53,12 @@ def document(traces: Sequence[TraceStore], results: Results) -> dict[str, Any]:
 
 def _described(trace: TraceStore) -> dict[str, Any]:
     manifest = trace.manifest
+    facts = {field: getattr(manifest, field) for field in _MANIFEST_FIELDS}
     return {
         "name": trace.name,
         "num_sequences": trace.num_sequences,
         "num_tokens": trace.num_tokens,
-        **{field: getattr(manifest, field) for field in _MANIFEST_FIELDS},
+        **{name: list(fact) if isinstance(fact, tuple) else fact for name, fact in facts.items()},
         "routers": [
             {field: getattr(router, field) for field in _ROUTER_FIELDS}
             for router in manifest.routers

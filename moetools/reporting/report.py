@@ -113,7 +113,9 @@ def open_traces(paths: Sequence[Path], *, partial: bool = False) -> list[TraceSt
         TraceStore(path, partial=partial, name=name)
         for path, name in zip(paths, names, strict=True)
     ]
-    engines = {trace.manifest.engine: trace.path for trace in reversed(traces)}
+    engines: dict[str, Path] = {}
+    for trace in traces:
+        engines.setdefault(trace.manifest.engine, trace.path)
     if len(engines) > 1:
         found = ", ".join(f"{path} by {engine}" for engine, path in engines.items())
         raise RequestError(
