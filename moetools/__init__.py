@@ -5,13 +5,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetools.reporting.report import report
     from moetools.tracing import trace
 
-__all__ = ["__version__", "trace"]
+__all__ = ["__version__", "report", "trace"]
 
 __version__ = version("moetools")
 
-_VERBS = {"trace": "moetools.tracing"}
+_VERBS = {"report": "moetools.reporting.report", "trace": "moetools.tracing"}
 """Where each verb of the library lives; imported on first use."""
 
 
