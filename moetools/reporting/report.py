@@ -1,7 +1,7 @@
 """Analyse traces and write one folder: `report.html`, `metrics.json` and `tables/`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,28 +70,46 @@ def report(
     paths = [Path(p) for p in ([traces] if isinstance(traces, str | PathLike) else traces)]
     chosen = analysis.choose(only, skip)
     stores = open_traces(paths, partial=partial)
+    options = Options(seed=seed, expert_intervals=expert_intervals)
     with output_folder(Path(out), kind="report", overwrite=overwrite, inputs=paths) as folder:
-        options = Options(seed=seed, expert_intervals=expert_intervals)
-        results = analysis.run(stores, only=chosen, options=options)
-        if not results.tables:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in results.skipped.items())
-            raise RequestError(f"No analysis can read these traces. {reasons}")
-        analyses = {name: registry.load("analyses", name).ANALYSIS for name in results.tables}
-        document = metrics.document(stores, results)
-        findings = {
-            trace.name: all_findings(analyses, results.tables, trace.name) for trace in stores
-        }
-        write_tables(folder.path / "tables", results.tables, csv=csv)
-        metrics.write(folder.path / "metrics.json", document)
-        console.note("Drawing the report")
-        html = page.render(stores, analyses, document, findings, draw(analyses, results.tables))
-        (folder.path / "report.html").write_text(html, encoding="utf-8")
+        written = write(stores, folder.path, chosen=chosen, options=options, csv=csv)
+    return replace(written, path=Path(out))
+
+
+def write(
+    traces: Sequence[TraceStore],
+    folder: Path,
+    *,
+    chosen: Sequence[str] = (),
+    options: Options | None = None,
+    csv: bool = False,
+) -> Report:
+    """Write a report into a folder that the caller has claimed.
+
+    Args:
+        traces: Traces under names that differ.
+        folder: An existing folder.
+        chosen: Names of analyses to run; all by default.
+        options: What every analysis is told.
+        csv: Write every table as CSV too.
+
+    Raises:
+        RequestError: No analysis can read these traces.
+    """
+    results = analysis.run(traces, only=chosen, options=options)
+    if not results.tables:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in results.skipped.items())
+        raise RequestError(f"No analysis can read these traces. {reasons}")
+    analyses = {name: registry.load("analyses", name).ANALYSIS for name in results.tables}
+    document = metrics.document(traces, results)
+    findings = {trace.name: all_findings(analyses, results.tables, trace.name) for trace in traces}
+    write_tables(folder / "tables", results.tables, csv=csv)
+    metrics.write(folder / "metrics.json", document)
+    console.note("Drawing the report")
+    html = page.render(traces, analyses, document, findings, draw(analyses, results.tables))
+    (folder / "report.html").write_text(html, encoding="utf-8")
     return Report(
-        path=Path(out),
-        traces=tuple(stores),
-        results=results,
-        metrics=document,
-        findings=findings,
+        path=folder, traces=tuple(traces), results=results, metrics=document, findings=findings
     )
 
 
