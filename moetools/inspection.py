@@ -31,7 +31,7 @@ BYTES_PER_SELECTION = 2.6
 """Upper bound for one selected expert of one token in the token table (id, weight, margin)."""
 
 EXPERT_NUMBER = re.compile(r"(?<=\.)(?:expert_)?(\d+)(?=\.)")
-EXPERTS = re.compile(r"(^|\.)experts(\.|$)|\.(input|output)_linear\.")
+EXPERTS = re.compile(r"(^|\.)experts\.")
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 SCALES = re.compile(r"(scale|scales|scale_inv|zeros|zero_point|absmax|g_idx|quant_map|_shape)$")
 
@@ -144,6 +144,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     refused = refusal(checkpoint.config_dict, trust_remote_code=checkpoint.trust_remote_code)
     model_class, discovery = "", RouterDiscovery(routers=(), ignored={})
     embedding_keys: list[str] = []
+    num_stacked: dict[RouterSpec, int] = {}
     try:
         model = empty_model(config)
         model_class = type(model).__name__
@@ -151,13 +152,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         discovery = find_routers(model, shapes)
         checkpoint.check_shapes(model.state_dict())
         embedding_keys = _embedding_keys(model, checkpoint.tensors)
+        num_stacked = {router: _num_stacked(model, router) for router in discovery.routers}
     except ArchitectureError:
         if refused is None:
             raise
     text = config.get_text_config()
     num_layers = getattr(text, "num_hidden_layers", None)
     hidden_size = getattr(text, "hidden_size", None)
-    by_router = _routed_experts(discovery.routers, checkpoint.tensors)
+    by_router = _routed_experts(num_stacked, checkpoint.tensors)
     bytes_by_dtype: dict[str, int] = defaultdict(int)
     for info in checkpoint.tensors.values():
         bytes_by_dtype[info.dtype] += info.num_bytes
@@ -174,7 +176,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         router_tensors={key: checkpoint.tensors[key] for key in keys},
         ignored_routers=discovery.ignored,
         experts=_expert_patterns(by_router.values()),
-        parameters=_count(checkpoint, discovery, by_router, embedding_keys, num_layers),
+        parameters=_count(
+            checkpoint, discovery, by_router, num_stacked, embedding_keys, num_layers
+        ),
         num_bytes=checkpoint.num_bytes,
         num_files=len(checkpoint.shard_sizes),
         bytes_by_dtype=dict(bytes_by_dtype),
@@ -197,13 +201,25 @@ def without_numbers(key: str) -> str:
     return NUMBER.sub("{layer}", head, count=1) + experts + tail
 
 
+def _num_stacked(model: Any, router: RouterSpec) -> int:
+    """Experts of a router that have weights; a router may also score identity experts."""
+    stacked = [p.shape[0] for p in model.get_submodule(router.experts_module).parameters()]
+    return (
+        min(stacked, default=router.num_experts) if router.tap == "experts" else router.num_experts
+    )
+
+
 def _routed_experts(
-    routers: Iterable[RouterSpec], tensors: Mapping[str, TensorInfo]
+    routers: Mapping[RouterSpec, int], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, list[TensorInfo]]:
     """Tensors of the routed experts by router name.
 
     An expert tensor belongs to the router of its layer whose key shares the longest beginning
     with it (a layer of JetMoE has two).
+
+    Args:
+        routers: The number of experts that have weights, for each router.
+        tensors: Every tensor on disk.
     """
     by_layer: dict[str, list[RouterSpec]] = defaultdict(list)
     for router in routers:
@@ -212,13 +228,32 @@ def _routed_experts(
     found: dict[str, list[TensorInfo]] = defaultdict(list)
     for key, info in tensors.items():
         beside = by_layer.get(_layer_prefix(key), [])
-        if not beside or key in own or not EXPERTS.search(key):
+        if not beside or key in own:
             continue
         router = max(beside, key=lambda router: len(_common(router.weight_key, key)))
-        stacked = bool(info.shape) and info.shape[0] % router.num_experts == 0
-        if _expert_number(key) is not None or stacked:
+        if _is_expert(info, router, routers[router]):
             found[router.name].append(info)
     return found
+
+
+def _is_expert(info: TensorInfo, router: RouterSpec, num_stacked: int) -> bool:
+    """Whether a tensor of the router's layer holds weights of its experts.
+
+    Either its key names one expert, or its first dimension counts the experts, below `experts` or
+    in the block of the router.
+    """
+    if EXPERTS.search(info.key):
+        number = _expert_number(info.key)
+        if number is not None:
+            return number < router.num_experts
+        return bool(info.shape) and info.shape[0] % num_stacked == 0
+    block = _layer_prefix(info.key) + "."
+    same_block = _component(info.key, block) == _component(router.weight_key, block)
+    return same_block and len(info.shape) == 3 and info.shape[0] == num_stacked
+
+
+def _component(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).partition(".")[0]
 
 
 def _layer_prefix(key: str) -> str:
@@ -255,44 +290,36 @@ def _expert_patterns(experts: Iterable[list[TensorInfo]]) -> tuple[Experts, ...]
 
 
 def _embedding_keys(model: Any, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if any(module is embedding for embedding in modules)
+    """Keys of the input embedding and the language-model head: the two matrices of one shape."""
+    shape = tuple(model.get_input_embeddings().weight.shape)
+    return [
+        key
+        for key, info in tensors.items()
+        if info.shape == shape and NUMBER.search(key) is None and not OTHER_MODALITY.search(key)
     ]
-    ends = tuple(name.removeprefix(f"{model.base_model_prefix}.") for name in names)
-    return [key for key in tensors if key.endswith(ends) and NUMBER.search(key) is None]
 
 
 def _count(
     checkpoint: Checkpoint,
     discovery: RouterDiscovery,
     by_router: Mapping[str, list[TensorInfo]],
+    num_stacked: Mapping[RouterSpec, int],
     embedding_keys: list[str],
     num_layers: int | None,
 ) -> Parameters:
     count = _parameter_counter(checkpoint.config_dict)
     everything = {key: count(info) for key, info in checkpoint.tensors.items()}
-    prefixes = {router.weight_key.split(".", 1)[0] for router in discovery.routers}
     multi_token = other = 0
     for key, parameters in everything.items():
-        numbers = NUMBER.search(key)
-        beyond = (
-            num_layers is not None
-            and numbers is not None
-            and int(numbers[0]) >= num_layers
-            and key.split(".", 1)[0] in prefixes
-        )
-        if OTHER_MODALITY.search(key):
+        if OTHER_MODALITY.search(key) or _expert_of_other_modality(key, discovery.routers):
             other += parameters
-        elif MULTI_TOKEN.search(key) or beyond:
+        elif MULTI_TOKEN.search(key) or _beyond(key, discovery.routers, num_layers):
             multi_token += parameters
     routed = inactive = 0
     for router in discovery.routers:
         size = sum(everything[info.key] for info in by_router.get(router.name, []))
         numbers_on_disk = {_expert_number(info.key) for info in by_router.get(router.name, [])}
-        num_experts = len(numbers_on_disk - {None}) or router.num_experts
+        num_experts = len(numbers_on_disk - {None}) or num_stacked[router]
         routed += size
         inactive += size - size // num_experts * min(router.top_k, num_experts)
     total = sum(everything.values())
@@ -305,6 +332,22 @@ def _count(
         multi_token=multi_token,
         other_modalities=other,
     )
+
+
+def _expert_of_other_modality(key: str, routers: tuple[RouterSpec, ...]) -> bool:
+    """Whether an expert has a number that no router of text scores (vision experts of Ernie)."""
+    number = _expert_number(key)
+    scored = max((router.num_experts for router in routers), default=None)
+    return number is not None and scored is not None and number >= scored
+
+
+def _beyond(key: str, routers: tuple[RouterSpec, ...], num_layers: int | None) -> bool:
+    """Whether a key names a decoder block that the config does not count."""
+    number = NUMBER.search(key)
+    if number is None or num_layers is None or int(number[0]) < num_layers:
+        return False
+    stems = {_layer_prefix(router.weight_key).rpartition(".")[0] for router in routers}
+    return _layer_prefix(key).rpartition(".")[0] in stems
 
 
 def _parameter_counter(config_dict: Mapping[str, Any]) -> Callable[[TensorInfo], int]:
