@@ -1,0 +1,838 @@
+"""Local routing consistency: do the same few experts serve a run of tokens, and what cache fits?
+
+Metrics (fractions; `m`, `cache_size` and the like are columns):
+
+- `srp` (`m`): segment routing best performance, the best F1 of switching each expert on or off for
+  all m tokens of a window, over all windows; one threshold for all experts of the scope.
+- `rho_hat` (`m`): experts that this best segment router switches on, per expert selected.
+- `srp_chance_uniform`, `srp_chance_skewed` (`m`): SRP of tokens that choose independently, each
+  expert at rate k / E, or each at its own rate.
+- `srp_adjusted_uniform`, `srp_adjusted_skewed` (`m`): (SRP - chance) / (1 - chance): all structure,
+  and structure beyond a static imbalance of the experts. Their intervals take chance as known.
+- `sch_window` (`m`, `cache_size`, `rho`, `pool`): share of selections within the best fixed set of
+  `cache_size` experts of each window.
+- `sch_cache` (`m`, `cache_size`, `rho`, `pool`, `accounting`, `cold`): hit rate of a cache that
+  keeps the experts used most within the m tokens ahead.
+- `lru`, `lfu`, `belady` (`cache_size`, `rho`, `pool`, `accounting`, `cold`): hit rates of caches
+  that keep the most recently used experts, the most often used so far, those used again soonest.
+- `cold_fills` (`cache_size`, `rho`, `pool`): share of requests that fill a free slot.
+- `cache_knee` (`policy`): slots per layer after which more slots bring less than average.
+- `cache_size_for` (`policy`, `served`): slots per layer that serve this share of the requests. Both
+  by strict accounting, free slots filled for free, for the model and each layer.
+
+Scopes: model, group, layer within each, expert (whole trace; all but the `sch` metrics).
+`rho` is `cache_size` / k. `pool` is `layer` (each layer has its own cache; the model's number is
+over the requests of all layers) or `shared` (one cache of `cache_size` slots for all layers).
+`accounting` is `paper` (an expert found before a token is a hit even if another expert of the
+token displaces it before it is served) or `strict` (never drop an expert that the current token
+needs; from k slots on). `cold` is `hit` (filling a free slot is free) or, for the model, `miss`.
+Caches start empty with every sequence, and rates are over all requests, where the papers average
+over sequences of equal length. What would take too long is simulated on every n-th sequence:
+`num_tokens` says on how many tokens. Metrics of attention routers start with `attention_` and have
+layer and expert scope only.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from moetools.analysis import (
+    Analysis,
+    Finding,
+    Options,
+    Picture,
+    layer_rows,
+    router_columns,
+    rows,
+)
+from moetools.intervals import Cells, Scope, basic_interval, block_of, replicate_weights
+from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
+
+if TYPE_CHECKING:
+    from moetools.locality import Selections
+
+WINDOWS = (4, 16, 64, 256)
+POLICIES = ("lru", "lfu", "belady")
+ACCOUNTINGS = ("paper", "strict")
+EXPERT_BYTES = 256 << 20
+"""Memory for the windows of single experts by block, where their intervals are asked for."""
+EXPERT_ROWS = 500_000
+"""Cache rows of experts; where every cache size would make more, sizes are multiples of k."""
+SHARED_STEPS = 1 << 33
+"""Steps of one simulation of the shared cache; longer traces are sampled."""
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """A share of requests served, by cache size, with the parameters of its metric."""
+
+    metric: str
+    m: int | None = None
+    accounting: str | None = None
+
+    def hits(self, selections: "Selections") -> tuple[Counts, Counts | None]:
+        """Requests of each sequence, and of each expert, by the smallest size that serves them."""
+        from moetools import locality
+
+        if self.metric == "sch_window":
+            return locality.window_ranks(selections, self.m or 1), None
+        if self.metric == "cold_fills":
+            found = locality.cold_fills(selections)
+        else:
+            policy = self.metric.removesuffix("_cache")
+            strict = self.accounting == "strict"
+            found = locality.cache_hits(selections, policy, window=self.m or 1, strict=strict)
+        return found.sequences, found.experts
+
+
+COLD = Curve(metric="cold_fills")
+WINDOW_CURVES = tuple(Curve(metric="sch_window", m=m) for m in WINDOWS)
+SCH_CURVES = tuple(
+    Curve(metric="sch_cache", m=m, accounting=accounting)
+    for accounting in ACCOUNTINGS
+    for m in WINDOWS
+)
+ADVICE = ("lru", "belady")
+SERVED = (0.8, 0.9, 0.95)
+POLICY_CURVES = tuple(
+    Curve(metric=policy, accounting=accounting) for accounting in ACCOUNTINGS for policy in POLICIES
+)
+LAYER_CURVES = (COLD, *POLICY_CURVES, *WINDOW_CURVES, *SCH_CURVES)
+SHARED_CURVES = (
+    COLD,
+    *(curve for curve in POLICY_CURVES if curve.metric == "lru"),
+    *WINDOW_CURVES,
+    *SCH_CURVES,
+)
+
+
+def columns(trace: TraceStore) -> Sequence[str] | str:
+    """Selections of every router."""
+    return router_columns(trace, "experts")
+
+
+def start(trace: TraceStore, options: Options) -> "ConsistencyState":
+    """An empty state."""
+    return ConsistencyState(
+        trace.routers, trace.groups, options, shared_stride=shared_stride(trace)
+    )
+
+
+def shared_stride(trace: TraceStore) -> int:
+    """The shared cache is simulated on every so many-th sequence."""
+    routers = mlp(trace.routers)
+    slots, requests = sum(r.num_experts for r in routers), sum(r.top_k for r in routers)
+    return max(1, -(-trace.num_tokens * slots * requests // SHARED_STEPS))
+
+
+def limits(trace: TraceStore) -> Sequence[str]:
+    """What is sampled."""
+    stride = shared_stride(trace)
+    if stride == 1:
+        return ()
+    return (
+        f"The cache that all layers share is simulated on every {stride}th sequence; "
+        "the caches of single layers on all.",
+    )
+
+
+def mlp(routers: Sequence[TracedRouter]) -> list[TracedRouter]:
+    """The routers that model-wide numbers are made of."""
+    return [router for router in routers if router.kind == "mlp"]
+
+
+class CurveState:
+    """Hits by cell and cache size, for some curves of one cache.
+
+    Args:
+        curves: What is simulated.
+        num_cells: Cells of the trace.
+        num_experts: E.
+        slots: Cache sizes are multiples of this.
+    """
+
+    def __init__(
+        self, curves: Sequence[Curve], num_cells: int, num_experts: int, *, slots: int = 1
+    ) -> None:
+        self.slots = slots
+        self.num_experts = num_experts
+        num_sizes = -(-num_experts // slots)
+        self.hits = {curve: np.zeros((num_cells, num_sizes), np.int64) for curve in curves}
+        self.experts = {
+            curve: np.zeros((num_experts, num_experts), np.int64)
+            for curve in curves
+            if slots == 1 and curve in (COLD, *POLICY_CURVES)
+        }
+
+    def add(self, curve: Curve, selections: "Selections", cell: Counts) -> None:
+        """Simulate one curve on whole sequences."""
+        sequences, experts = curve.hits(selections)
+        starts = np.arange(0, self.num_experts, self.slots)
+        np.add.at(self.hits[curve], cell, np.add.reduceat(sequences, starts, axis=1))
+        if curve in self.experts:
+            self.experts[curve] += experts
+
+    def merge(self, other: Self) -> None:
+        """Add another part."""
+        for mine, theirs in ((self.hits, other.hits), (self.experts, other.experts)):
+            for curve in mine:
+                mine[curve] += theirs[curve]
+
+
+class WindowState:
+    """Counts of windows of one router and one m: by cell, by expert, and by group and expert."""
+
+    def __init__(
+        self, window: int, num_experts: int, *, num_cells: int, num_strata: int, num_blocks: int
+    ) -> None:
+        self.window = window
+        self.cells = np.zeros((num_cells, window + 1), np.int64)
+        self.experts = np.zeros((num_blocks, num_experts, window + 1), np.int64)
+        self.selected = np.zeros((num_strata, num_experts), np.int64)
+        self.num_windows = np.zeros(num_strata, np.int64)
+
+    def add(self, selections: "Selections", cell: Counts, stratum: Counts, block: Counts) -> None:
+        """Count the windows of whole sequences."""
+        from moetools import locality
+
+        both = stratum * len(self.experts) + block
+        present, group = np.unique(both, return_inverse=True)
+        found = locality.window_counts(selections, self.window, group=group)
+        np.add.at(self.cells, cell, found.sequences)
+        np.add.at(self.experts, present % len(self.experts), found.experts)
+        strata = present // len(self.experts)
+        np.add.at(self.selected, strata, found.experts[:, :, 1:].sum(axis=2))
+        np.add.at(self.num_windows, strata, found.experts[:, 0, 0])
+
+    def rates(self, stratum: int | None) -> Floats:
+        """[E] how often each expert is selected by the tokens of windows; NaN without windows."""
+        chosen = slice(None) if stratum is None else slice(stratum, stratum + 1)
+        with np.errstate(invalid="ignore"):
+            return self.selected[chosen].sum(axis=0) / (
+                self.window * self.num_windows[chosen].sum()
+            )
+
+    def merge(self, other: Self) -> None:
+        """Add another part."""
+        self.cells += other.cells
+        self.experts += other.experts
+        self.selected += other.selected
+        self.num_windows += other.num_windows
+
+
+class ConsistencyState:
+    """Windows and caches of every router, and the cache that they share."""
+
+    def __init__(
+        self,
+        routers: Sequence[TracedRouter],
+        groups: Sequence[str],
+        options: Options,
+        *,
+        shared_stride: int = 1,
+    ) -> None:
+        self.routers, self.options, self.shared_stride = routers, options, shared_stride
+        self.cells = Cells(groups)
+        self.window_tokens = np.zeros((len(WINDOWS), len(self.cells)), np.int64)
+        self.shared_tokens = np.zeros(len(self.cells), np.int64)
+        row_bytes = 8 * sum(WINDOWS) * sum(router.num_experts for router in routers)
+        self.num_expert_blocks = (
+            min(self.cells.num_blocks, max(20, EXPERT_BYTES // row_bytes))
+            if options.expert_intervals
+            else 1
+        )
+        self.windows = {
+            router.name: [
+                WindowState(
+                    window,
+                    router.num_experts,
+                    num_cells=len(self.cells),
+                    num_strata=len(groups) + 1,
+                    num_blocks=self.num_expert_blocks,
+                )
+                for window in WINDOWS
+            ]
+            for router in routers
+        }
+        self.caches = {
+            router.name: CurveState(LAYER_CURVES, len(self.cells), router.num_experts)
+            for router in routers
+        }
+        pooled = mlp(routers)
+        self.shared = CurveState(
+            SHARED_CURVES if len(pooled) > 1 else (),
+            len(self.cells),
+            sum(router.num_experts for router in pooled),
+            slots=max(1, len(pooled)),
+        )
+        self.expert_blocks = np.zeros(self.num_expert_blocks, np.bool_)
+
+    def update(self, batch: TraceBatch) -> None:
+        """Take in whole sequences; routers and caches are worked on in threads."""
+        from moetools import locality
+
+        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        stratum = cell // self.cells.num_blocks
+        block = block_of(batch.sequence, self.num_expert_blocks)
+        self.expert_blocks[block] = True
+        for i, window in enumerate(WINDOWS):
+            np.add.at(
+                self.window_tokens[i], cell, np.where(batch.lengths >= window, batch.lengths, 0)
+            )
+        sampled = np.flatnonzero(batch.sequence % self.shared_stride == 0)
+        np.add.at(self.shared_tokens, cell[sampled], batch.lengths[sampled])
+        pooled = []
+        work: list[partial[None]] = []
+        for router in self.routers:
+            selections = locality.Selections.of(
+                batch.tokens[f"experts.{router.name}"], batch.offsets, router.num_experts
+            )
+            work += [
+                partial(state.add, selections, cell, stratum, block)
+                for state in self.windows[router.name]
+            ]
+            state = self.caches[router.name]
+            work += [partial(state.add, curve, selections, cell) for curve in state.hits]
+            if router.kind == "mlp":
+                pooled.append(selections.take(sampled))
+        if self.shared.hits and len(sampled):
+            together = locality.pool(pooled)
+            work += [
+                partial(self.shared.add, curve, together, cell[sampled])
+                for curve in self.shared.hits
+            ]
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            for done in [executor.submit(piece) for piece in work]:
+                done.result()
+
+    def merge(self, other: Self) -> None:
+        """Add another part."""
+        self.cells.merge(other.cells)
+        self.window_tokens += other.window_tokens
+        self.shared_tokens += other.shared_tokens
+        self.expert_blocks |= other.expert_blocks
+        for router in self.routers:
+            self.caches[router.name].merge(other.caches[router.name])
+            for mine, theirs in zip(
+                self.windows[router.name], other.windows[router.name], strict=True
+            ):
+                mine.merge(theirs)
+        self.shared.merge(other.shared)
+
+    def table(self) -> pd.DataFrame:
+        """All rows."""
+        parts: list[pd.DataFrame] = []
+        for scope in self.cells.scopes(seed=self.options.seed):
+            for kind in dict.fromkeys(router.kind for router in self.routers):
+                routers = [router for router in self.routers if router.kind == kind]
+                prefix = "" if kind == "mlp" else f"{kind}_"
+                parts += self._window_rows(scope, routers, prefix)
+                parts += self._cache_rows(scope, routers, prefix)
+                if scope.group is None:
+                    for router in routers:
+                        parts += self._expert_window_rows(router, prefix)
+                    parts += self._expert_cache_rows(routers, prefix)
+            if self.shared.hits:
+                parts += self._shared_rows(scope)
+        table = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True)
+        return pd.concat([table, *advice(table)], ignore_index=True)
+
+    def _window_rows(
+        self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
+    ) -> Iterator[pd.DataFrame]:
+        from moetools import locality
+
+        stratum = None if scope.group is None else self.cells.groups.index(scope.group)
+        layers: list[Any] = [router.layer for router in routers]
+        if not prefix:
+            layers.append(pd.NA)
+        for i, window in enumerate(WINDOWS):
+            states = [self.windows[router.name][i] for router in routers]
+            best = [locality.segment_performance(scope.draws(state.cells)) for state in states]
+            rates = [state.rates(stratum) for state in states]
+            uniform = [np.full(r.num_experts, r.top_k / r.num_experts) for r in routers]
+            if not prefix:
+                total = np.sum([state.cells for state in states], axis=0)
+                best.append(locality.segment_performance(scope.draws(total)))
+                rates.append(np.concatenate(rates))
+                uniform.append(np.concatenate(uniform))
+            srp = np.stack([found.srp for found in best], axis=1)
+            rho_hat = np.stack([found.rho_hat for found in best], axis=1)
+            metrics: dict[str, tuple[Floats, tuple[float, float]]] = {
+                "srp": (srp, (0, 1)),
+                "rho_hat": (rho_hat, (0, np.inf)),
+            }
+            for name, null in (("uniform", uniform), ("skewed", rates)):
+                chance = np.array([locality.chance_performance(window, r).srp for r in null])
+                metrics[f"srp_chance_{name}"] = (chance[None], (0, 1))
+                metrics[f"srp_adjusted_{name}"] = (locality.adjusted(srp, chance), (-np.inf, 1))
+            num_tokens = int(self.window_tokens[i, scope.cells].sum())
+            for name, (values, bounds) in metrics.items():
+                yield layer_rows(
+                    prefix + name, scope, layers, values, bounds=bounds, pool=None, m=window
+                ).assign(num_tokens=num_tokens)
+
+    def _expert_window_rows(self, router: TracedRouter, prefix: str) -> Iterator[pd.DataFrame]:
+        from moetools import locality
+
+        weights = np.zeros((0, self.num_expert_blocks))
+        if self.options.expert_intervals:
+            weights = replicate_weights(self.expert_blocks, seed=self.options.seed)
+        for i, state in enumerate(self.windows[router.name]):
+            place = {
+                "layer": router.layer,
+                "expert": np.arange(router.num_experts),
+                "m": state.window,
+                "num_tokens": int(self.window_tokens[i].sum()),
+            }
+            total = state.experts.sum(axis=0)
+            best = locality.segment_performance(total)
+            replicates = [
+                locality.segment_performance(np.tensordot(weights, state.experts[:, e], axes=1))
+                for e in range(router.num_experts)
+            ]
+            for name in ("srp", "rho_hat"):
+                value: Floats = getattr(best, name)
+                drawn = np.stack([getattr(r, name) for r in replicates], axis=1)
+                low, high = basic_interval(value, drawn, bounds=(0, 1 if name == "srp" else np.inf))
+                yield rows(prefix + name, "expert", value, low=low, high=high, **place)
+            rates = state.rates(None)
+            uniform = np.full_like(rates, router.top_k / router.num_experts)
+            for name, null in (("uniform", uniform), ("skewed", rates)):
+                chance = locality.chance_performance(state.window, null[:, None]).srp
+                yield rows(f"{prefix}srp_chance_{name}", "expert", chance, **place)
+                value = locality.adjusted(best.srp, chance)
+                yield rows(f"{prefix}srp_adjusted_{name}", "expert", value, **place)
+
+    def _cache_rows(
+        self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
+    ) -> Iterator[pd.DataFrame]:
+        total: dict[Curve, Floats] = {}
+        largest = max(router.num_experts for router in routers)
+        for router in routers:
+            draws = {c: scope.draws(h) for c, h in self.caches[router.name].hits.items()}
+            sizes = np.arange(1, router.num_experts + 1)
+            if scope.group is None:
+                yield from curve_rows(
+                    draws, sizes, smallest_strict=router.top_k, prefix=prefix,
+                    scope="layer", layer=router.layer, rho=sizes / router.top_k, pool="layer",
+                    num_tokens=scope.num_tokens,
+                )  # fmt: skip
+            for curve, hits in draws.items():
+                padding = ((0, 0), (0, largest - router.num_experts))
+                total[curve] = total.get(curve, 0) + np.pad(hits, padding)
+        if not prefix:
+            sizes = np.arange(1, largest + 1)
+            top_k = {router.top_k for router in routers}
+            yield from curve_rows(
+                total, sizes, smallest_strict=max(top_k), cold_miss=scope.group is None,
+                scope="model" if scope.group is None else "group", group=scope.group, pool="layer",
+                rho=sizes / min(top_k) if len(top_k) == 1 else None, num_tokens=scope.num_tokens,
+            )  # fmt: skip
+
+    def _shared_rows(self, scope: Scope) -> Iterator[pd.DataFrame]:
+        draws = {curve: scope.draws(hits) for curve, hits in self.shared.hits.items()}
+        sizes = np.minimum(
+            self.shared.slots * np.arange(1, draws[COLD].shape[1] + 1), self.shared.num_experts
+        )
+        top_k = sum(router.top_k for router in mlp(self.routers))
+        yield from curve_rows(
+            draws, sizes, smallest_strict=top_k,
+            scope="model" if scope.group is None else "group", group=scope.group, pool="shared",
+            rho=sizes / top_k, num_tokens=int(self.shared_tokens[scope.cells].sum()),
+        )  # fmt: skip
+
+    def _expert_cache_rows(
+        self, routers: Sequence[TracedRouter], prefix: str
+    ) -> Iterator[pd.DataFrame]:
+        num_rows = len(POLICY_CURVES) * sum(router.num_experts**2 for router in routers)
+        for router in routers:
+            step = router.top_k if num_rows > EXPERT_ROWS else 1
+            sizes = np.arange(step, router.num_experts + 1, step)
+            state = self.caches[router.name]
+            cold = state.experts[COLD].cumsum(axis=1)
+            for curve in POLICY_CURVES:
+                kept = sizes[sizes >= router.top_k] if curve.accounting == "strict" else sizes
+                served = (state.experts[curve].cumsum(axis=1) + cold)[:, kept - 1]
+                # With as many slots as experts everything is served: hits and cold fills.
+                total = (state.experts[curve] + state.experts[COLD]).sum(axis=1)
+                with np.errstate(invalid="ignore"):
+                    value = served / total[:, None]
+                yield rows(
+                    prefix + curve.metric, "expert", value.reshape(-1),
+                    layer=router.layer,
+                    expert=np.repeat(np.arange(router.num_experts), len(kept)),
+                    cache_size=np.tile(kept, router.num_experts),
+                    rho=np.tile(kept / router.top_k, router.num_experts),
+                    accounting=curve.accounting, cold="hit", pool="layer",
+                    num_tokens=int(self.cells.num_tokens.sum()),
+                )  # fmt: skip
+
+
+def common_top_k(routers: Sequence[TracedRouter]) -> int | None:
+    """k, if it is the same for all."""
+    found = {router.top_k for router in routers}
+    return found.pop() if len(found) == 1 else None
+
+
+def curve_rows(
+    draws: Mapping[Curve, Floats],
+    sizes: NDArray[np.int64],
+    *,
+    smallest_strict: int,
+    cold_miss: bool = False,
+    prefix: str = "",
+    **columns: Any,
+) -> Iterator[pd.DataFrame]:
+    """Rows of hit rates by cache size.
+
+    Args:
+        draws: [1 + B, N] requests by the smallest of N sizes that serves them, and replicates.
+        sizes: [N] cache sizes.
+        smallest_strict: Strict accounting needs as many slots.
+        cold_miss: Also give rates with the filling of free slots as misses.
+        prefix: Goes before metric names.
+        **columns: Further columns; those of length N go with the sizes.
+    """
+    cold = draws[COLD].cumsum(axis=1)
+    for curve, hits in draws.items():
+        served, kept = hits.cumsum(axis=1), np.full(len(sizes), True)
+        total, choices = served[:, -1:], {None: served}
+        if curve == COLD:
+            total = total + next(
+                hits.sum(axis=1, keepdims=True) for other, hits in draws.items() if other.accounting
+            )
+        elif curve.accounting:
+            total = total + cold[:, -1:]
+            choices = {"hit": served + cold} | ({"miss": served} if cold_miss else {})
+            kept = (sizes >= smallest_strict) | (curve.accounting == "paper")
+        for name, numerator in choices.items():
+            with np.errstate(invalid="ignore", divide="ignore"):
+                rate = (numerator / total)[:, kept]
+            low, high = basic_interval(rate[0], rate[1:], bounds=(0, 1))
+            place = {key: c[kept] if np.ndim(c) else c for key, c in columns.items()}
+            yield rows(
+                prefix + curve.metric, value=rate[0], low=low, high=high, m=curve.m,
+                accounting=curve.accounting, cold=name, cache_size=sizes[kept], **place,
+            )  # fmt: skip
+
+
+def advice(curves: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Which cache to build, by layer and for the model, from the rows of `curve_rows`."""
+    from moetools import locality
+
+    chosen = curves[
+        curves["metric"].isin(ADVICE)
+        & curves["scope"].isin(("model", "layer"))
+        & (curves["accounting"] == "strict")
+        & (curves["cold"] == "hit")
+        & (curves["pool"] == "layer")
+    ]
+    for (policy, scope, layer), curve in chosen.groupby(["metric", "scope", "layer"], dropna=False):
+        sizes, rate = curve["cache_size"].to_numpy(), curve["value"].to_numpy()
+        if np.isnan(rate).any():
+            continue
+        place = {
+            "layer": layer,
+            "policy": policy,
+            "accounting": "strict",
+            "cold": "hit",
+            "pool": "layer",
+            "num_tokens": curve["num_tokens"].iloc[0],
+        }
+        yield rows("cache_knee", scope, float(sizes[locality.knee(rate)]), **place)
+        needed = [float(sizes[np.argmax(rate >= served)]) for served in SERVED]
+        yield rows("cache_size_for", scope, np.array(needed), served=np.array(SERVED), **place)
+
+
+def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Rows with these values in these columns; None asks for null."""
+    kept = np.full(len(table), True)
+    for name, value in wanted.items():
+        column = table[name] if name in table else pd.Series(None, index=table.index)
+        kept &= (column.isna() if value is None else column == value).fillna(False).to_numpy(bool)
+    return table[kept]
+
+
+def plots(table: pd.DataFrame) -> Iterator[Picture]:
+    """SRP by layer, cache curves, groups, and experts."""
+    yield from srp_by_layer(table)
+    traces = list(dict.fromkeys(table["trace"]))
+    for trace in traces:
+        suffix = f"_{trace}" if len(traces) > 1 else ""
+        one = table[table["trace"] == trace]
+        yield from cache_curves(one, suffix)
+        yield from srp_by_group(one, suffix)
+        yield from srp_by_expert(one, suffix)
+
+
+def srp_by_layer(table: pd.DataFrame) -> Iterator[Picture]:
+    """One panel for each window; chance is shaded."""
+    from moetools.reporting import style
+
+    layers = select(table, scope="layer")
+    srp = select(layers, metric="srp").dropna(subset="value")
+    if srp.empty:
+        return
+    windows = sorted(srp["m"].unique())
+    figure, axes = style.subplots(1, len(windows), height=2.8, sharey=True)
+    for panel, m in zip(axes[0], windows, strict=True):
+        for i, (trace, line) in enumerate(select(srp, m=m).groupby("trace", sort=False)):
+            color = style.COLORS[i % len(style.COLORS)]
+            x = line["layer"].to_numpy(int)
+            panel.plot(x, line["value"], "o-", color=color, label=trace)
+            panel.fill_between(x, line["low"], line["high"], color=color, alpha=0.25, lw=0)
+            own = select(layers, metric="srp_chance_skewed", m=m, trace=trace)
+            panel.plot(own["layer"].to_numpy(int), own["value"], ":", color=color, lw=1)
+        chance = select(layers, metric="srp_chance_uniform", m=m, trace=srp["trace"].iloc[0])
+        panel.fill_between(
+            chance["layer"].to_numpy(int), 0, chance["value"], color="#dddddd", lw=0, zorder=0
+        )
+        panel.set(title=f"windows of {int(m)} tokens", xlabel="layer", ylim=(0, 1))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("SRP")
+    if srp["trace"].nunique() > 1:
+        axes[0, -1].legend()
+    yield Picture(
+        name="srp_by_layer",
+        caption=(
+            "How well one fixed set of experts for each window stands in for the router (1: it "
+            "always would). Grey: what tokens that choose at random reach; dotted: the same with "
+            "each expert's own frequency. Bands: 95 % intervals."
+        ),
+        figure=figure,
+    )
+
+
+def cache_curves(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
+    """Hit rates by cache size with the knee, and the size that each layer needs."""
+    from moetools.reporting import style
+
+    curves = select(table, scope="model", pool="layer", accounting="strict", cold="hit")
+    knee = select(table, metric="cache_knee", scope="model", policy="lru")
+    if knee.empty:
+        return
+    figure, axes = style.subplots(1, 2, height=3.2, width_ratios=(3, 2))
+    left, right = axes[0]
+    shown = (
+        ("belady", {}, "Belady (knows the future)"),
+        ("sch_cache", {"m": 16}, "SCH (knows 16 tokens ahead)"),
+        ("lru", {}, "LRU (least recently used goes)"),
+        ("lfu", {}, "LFU (least often used goes)"),
+    )
+    for i, (metric, parameters, label) in enumerate(shown):
+        line = select(curves, metric=metric, **parameters)
+        color = style.COLORS[i]
+        left.plot(line["cache_size"], line["value"], color=color, label=label)
+        left.fill_between(
+            line["cache_size"].to_numpy(float), line["low"], line["high"],
+            color=color, alpha=0.2, lw=0,
+        )  # fmt: skip
+    size = knee["value"].iloc[0]
+    rate = select(curves, metric="lru", cache_size=size)["value"].iloc[0]
+    left.plot([size], [rate], "o", color=style.COLORS[2], ms=7)
+    left.axvline(size, color="#999999", lw=0.8, ls="--", zorder=0)
+    left.annotate(
+        f"knee: {int(size)} experts, {rate:.0%}", (size, rate),
+        xytext=(8, -12), textcoords="offset points",
+    )  # fmt: skip
+    left.set(xlabel="experts kept per layer", ylabel="requests served", ylim=(0, 1.02))
+    left.legend(loc="lower right")
+    needed = select(table, metric="cache_size_for", scope="layer", served=0.9)
+    for color, (policy, label) in zip(
+        (style.COLORS[2], style.COLORS[0]), (("lru", "LRU"), ("belady", "Belady")), strict=True
+    ):
+        line = select(needed, policy=policy)
+        right.plot(line["layer"].to_numpy(int), line["value"], "o-", color=color, label=label)
+    right.set(xlabel="layer", title="experts to keep for 90 % of requests")
+    right.set_ylim(bottom=0)
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    yield Picture(
+        name=f"cache_curves{suffix}",
+        caption=(
+            f"A cache of {int(size)} experts per layer serves {rate:.0%} of requests (LRU, at the "
+            "knee). Every sequence starts with an empty cache; filling a free slot costs nothing; "
+            "an expert that the current token needs is never dropped."
+        ),
+        figure=figure,
+    )
+
+
+def srp_by_group(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
+    """SRP of every group in windows of 16 tokens."""
+    from moetools.reporting import style
+
+    groups = select(table, metric="srp", scope="group", layer=None, m=16).dropna(subset="value")
+    if len(groups) < 2:
+        return
+    groups = groups.sort_values("value")
+    figure, axes = style.subplots(height=1.0 + 0.2 * min(len(groups), 60))
+    panel = axes[0, 0]
+    y = np.arange(len(groups))
+    panel.hlines(y, groups["low"].to_numpy(float), groups["high"].to_numpy(float), lw=2)
+    panel.plot(groups["value"], y, "o", label="SRP")
+    chance = select(table, metric="srp_chance_skewed", scope="group", layer=None, m=16)
+    chance = chance.set_index("group")["value"].reindex(groups["group"])
+    panel.plot(chance, y, "|", color="#999999", ms=8, label="chance, own frequencies")
+    style.name_ticks(panel, "y", list(groups["group"]))
+    panel.set(xlabel="SRP, windows of 16 tokens")
+    panel.legend(loc="lower right")
+    yield Picture(
+        name=f"srp_by_group{suffix}",
+        caption=(
+            "Local consistency of each group over all layers, with 95 % intervals. Groups whose "
+            "intervals overlap are not distinguished by this trace."
+        ),
+        figure=figure,
+    )
+
+
+def srp_by_expert(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
+    """Layer by expert, windows of 16 tokens."""
+    from moetools.reporting import style
+
+    experts = select(table, metric="srp", scope="expert", m=16).dropna(subset="value")
+    if experts.empty:
+        return
+    matrix = experts.pivot(index="layer", columns="expert", values="value")
+    chance = select(table, metric="srp_chance_uniform", scope="model", m=16)["value"]
+    figure, axes = style.subplots(height=min(6.0, 1.2 + 0.14 * len(matrix)))
+    style.heatmap(
+        axes[0, 0], matrix.to_numpy(float), rows=[int(layer) for layer in matrix.index], label="SRP"
+    )
+    axes[0, 0].set(xlabel="expert", ylabel="layer")
+    at_chance = f" Random choice gives {chance.iloc[0]:.2f}." if len(chance) else ""
+    yield Picture(
+        name=f"srp_by_expert{suffix}",
+        caption=(
+            "How steadily each expert is used: SRP of the single expert in windows of 16 tokens."
+            f"{at_chance} Experts that are hardly used stay near 0."
+        ),
+        figure=figure,
+    )
+
+
+def findings(table: pd.DataFrame) -> Iterator[Finding]:
+    """Consistency against chance, and what cache to build."""
+    yield from consistency_findings(table)
+    yield from cache_findings(table)
+
+
+def consistency_findings(table: pd.DataFrame) -> Iterator[Finding]:
+    """Whether the router keeps its experts, where, and for which group."""
+    values = {
+        name: select(table, metric=name, m=16)
+        for name in ("srp", "srp_chance_uniform", "srp_adjusted_uniform", "srp_adjusted_skewed")
+    }
+    model = {name: select(found, scope="model")["value"] for name, found in values.items()}
+    if model["srp"].isna().all():
+        return
+    srp, chance, total, beyond = (float(found.iloc[0]) for found in model.values())
+    low = select(values["srp_adjusted_skewed"], scope="model")["low"].iloc[0]
+    layers = select(values["srp"], scope="layer").sort_values("value", ascending=False)
+    steady = total > 0.02
+    text = (
+        f"The router {'keeps its experts' if steady else 'does not keep its experts'} from token "
+        f"to token: in windows of 16 tokens SRP is {srp:.2f}, by chance {chance:.2f}"
+    )
+    if steady and len(layers) > 2:
+        first, last = layers.iloc[0], layers.iloc[-1]
+        text += (
+            f"; most in layer {first['layer']} ({first['value']:.2f}), least in layer "
+            f"{last['layer']} ({last['value']:.2f})"
+        )
+    yield Finding(text=f"{text}.", weight=min(1.0, 2 * total) if steady else 0.8, metric="srp")
+    if steady and beyond < 0.5 * total:
+        yield Finding(
+            text=(
+                f"{1 - max(beyond, 0.0) / total:.0%} of that consistency is only that some experts "
+                "are busier than others everywhere."
+            ),
+            weight=0.6,
+            metric="srp_adjusted_skewed",
+        )
+    elif steady and np.isnan(low):
+        yield Finding(
+            text="Consistency has no interval here: the trace has too few sequences.",
+            weight=0.2,
+            metric="srp",
+        )
+    groups = select(values["srp"], scope="group", layer=None).sort_values("value")
+    if len(groups) > 1:
+        least, most = groups.iloc[0], groups.iloc[-1]
+        apart = bool(most["low"] > least["high"])
+        yield Finding(
+            text=(
+                f"Local consistency is {'higher' if apart else 'about as high'} in {most['group']} "
+                f"(SRP {most['value']:.2f}) {'than' if apart else 'as'} in {least['group']} "
+                f"({least['value']:.2f}), windows of 16 tokens."
+            ),
+            weight=min(1.0, 4 * float(most["value"] / least["value"] - 1)) if apart else 0.1,
+            metric="srp",
+        )
+
+
+def cache_findings(table: pd.DataFrame) -> Iterator[Finding]:
+    """Sizes of a cache, in words."""
+    sizes = select(table, metric="cache_size_for", scope="model")
+    curves = select(table, scope="model", pool="layer", accounting="strict", cold="hit")
+    if sizes.empty:
+        return
+    num_experts = int(curves["cache_size"].max())
+
+    def size(policy: str, served: float) -> int:
+        return int(select(sizes, policy=policy, served=served)["value"].iloc[0])
+
+    def rate(policy: str, slots: int) -> float:
+        return float(select(curves, metric=policy, cache_size=slots)["value"].iloc[0])
+
+    needed = size("lru", 0.9)
+    yield Finding(
+        text=(
+            f"An LRU cache of {needed} of {num_experts} experts per layer serves 90 % of requests "
+            f"(80 %: {size('lru', 0.8)}, 95 %: {size('lru', 0.95)}); with perfect foresight "
+            f"{size('belady', 0.9)} would do."
+        ),
+        weight=max(0.1, 1 - needed / num_experts),
+        metric="lru",
+    )
+    knee = int(select(table, metric="cache_knee", scope="model", policy="lru")["value"].iloc[0])
+    yield Finding(
+        text=(
+            f"The knee of the LRU curve is at {knee} experts per layer: {rate('lru', knee):.0%} of "
+            f"requests (Belady {rate('belady', knee):.0%})."
+        ),
+        weight=0.3,
+        metric="cache_knee",
+    )
+
+
+ANALYSIS = Analysis(
+    title="Local routing consistency",
+    source=(
+        "Liang et al., arXiv 2505.16056 (ICLR 2026). Chance levels, strict accounting: moetools."
+    ),
+    about=(
+        "Whether the same few experts serve a run of tokens, and so how large an expert cache must "
+        "be. SRP is how well one fixed set of experts per window could stand in for the router; "
+        "compare it with its chance level, which depends on how many experts a token selects. "
+        "Caches start empty with every sequence and know nothing of the next, so short texts say "
+        "little about a cache that stays warm."
+    ),
+    columns=columns,
+    start=start,
+    plots=plots,
+    findings=findings,
+    limits=limits,
+)
