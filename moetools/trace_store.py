@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ROW_GROUP_BYTES = 48 << 20
 ROW_GROUP_TOKENS = 1 << 16
+ZSTD_LEVEL = 3
 TOKEN_COLUMNS = ("sequence", "position", "token_id", "phase")
 SEQUENCE_COLUMNS = ("sequence", "id", "group", "num_tokens")
 TOKEN_FAMILIES = ("experts", "weights", "margin", "logits", "inputs", "norms", "predictions")
@@ -244,6 +245,7 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
         (byte_split if pa.types.is_floating(leaf) else dictionary).append(path)
     return {
         "compression": "zstd",
+        "compression_level": ZSTD_LEVEL,
         "use_dictionary": dictionary,
         "use_byte_stream_split": byte_split,
         "write_statistics": ["sequence"],
