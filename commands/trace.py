@@ -122,6 +122,7 @@ def trace(
     """
     from moetools.tracing import TraceOptions, record
 
+    console.settings.resume_hint = "Continue with the same command and --resume."
     run = record(
         TraceOptions(
             model=model,

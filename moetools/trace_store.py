@@ -237,7 +237,8 @@ class TraceWriter:
 
 def _encodings(schema: pa.Schema) -> dict[str, Any]:
     """Writer options: small integers as dictionaries, floats byte-split, all compressed."""
-    dictionary, byte_split = [], []
+    dictionary: list[str] = []
+    byte_split: list[str] = []
     for column in schema:
         is_list = pa.types.is_fixed_size_list(column.type)
         leaf = column.type.value_type if is_list else column.type

@@ -233,7 +233,6 @@ def record(options: TraceOptions) -> TraceRun:
     ) as folder:
         if folder.resumed and (folder.path / MANIFEST).exists():
             manifest = _continued(folder.path, manifest)
-        console.settings.resume_hint = "Continue with the same command and --resume."
         run = _Run(
             options=options,
             path=folder.path,
@@ -253,7 +252,6 @@ def record(options: TraceOptions) -> TraceRun:
             )
             run.record(model)
         run.finish()
-    console.settings.resume_hint = None
     return TraceRun(
         store=TraceStore(options.out),
         num_tokens=run.num_tokens,
@@ -769,8 +767,8 @@ class _Scorer:
         columns = torch.cat([probs * even, probs * ~even, logprob, entropy], dim=-1)
         means = torch.segment_reduce(columns, "sum", lengths=sizes, axis=0) / sizes[:, None]
         width = self._spec.num_experts
-        probs_even, probs_odd, mean_logprob, mean_entropy = means.split(
-            [width, width, width, 1], -1
+        probs_even, probs_odd, mean_logprob, mean_entropy = torch.split(
+            means, [width, width, width, 1], dim=-1
         )
         return found | {
             "probs": probs_even + probs_odd,
