@@ -1,7 +1,7 @@
 """Record what the routers of a model select during a forward pass."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moetools.architectures import RouterCall, RouterSpec
+from moetools.architectures import Reader, RouterCall, RouterSpec
 from moetools.errors import ArchitectureError, RoutingError
 
 KEEPS = frozenset({"logits", "inputs", "norms"})
-
-Reader = Callable[[RouterSpec, RouterCall], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class NaNRoutingError(RoutingError):
@@ -242,8 +240,7 @@ class _Recording:
         self._keep = recorder._keep
         self._read: Reader = read_call
         if spec.reader is not None:
-            family = importlib.import_module(f"moetools.architectures.{spec.reader}")
-            self._read = family.ARCHITECTURE.read
+            self._read = importlib.import_module(spec.reader).read
         self.clear()
 
     def clear(self) -> None:

@@ -39,8 +39,10 @@ class ScoringRule:
         group_score: Score of a group: its best expert, or the sum of its two best.
         excluded: What an excluded expert scores: minus infinity, or zero.
         normalize_p: The selected scores are divided by their p-norm; None leaves them.
+        normalize_eps: Added to that norm.
         scale: Factor on the weights.
         uses_expert_scale: Weights are multiplied by a learned factor per expert.
+        num_skip_classes: Last classes of the router that select no expert; their weight is 0.
         jitter_eps: Half the relative margin of `sparse_mixer`.
         in_logits_dtype: Scores are computed in the dtype of the logits instead of float32.
         num_tokens: Tokens on which the rule was found.
@@ -55,8 +57,10 @@ class ScoringRule:
     group_score: Literal["max", "top2_sum"] = "max"
     excluded: Literal["never", "zero"] = "never"
     normalize_p: float | None = None
+    normalize_eps: float = 0.0
     scale: float = 1.0
     uses_expert_scale: bool = False
+    num_skip_classes: int = 0
     jitter_eps: float = 0.0
     in_logits_dtype: bool = False
     num_tokens: int = field(default=0, compare=False)
@@ -92,13 +96,17 @@ class ScoringRule:
             weights = self._scores(logits).gather(-1, top_k_index)
         weights = weights.float()
         if self.normalize_p == 1:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + self.normalize_eps)
         elif self.normalize_p is not None:
-            weights = weights / weights.norm(p=self.normalize_p, dim=-1, keepdim=True)
+            norms = weights.norm(p=self.normalize_p, dim=-1, keepdim=True)
+            weights = weights / (norms + self.normalize_eps)
         if self.scale != 1:
             weights = weights * self.scale
         if self.uses_expert_scale:
             weights = weights * required(expert_scale, "expert_scale")[top_k_index].float()
+        if self.num_skip_classes:
+            first_skipped = router_logits.shape[-1] - self.num_skip_classes
+            weights = weights.masked_fill(top_k_index >= first_skipped, 0)
         return weights
 
     def selection_scores(
@@ -156,8 +164,8 @@ class ScoringRule:
         return cls(**values)
 
     def describe(self) -> str:
-        """The rule in words, such as `sigmoid + bias, groups 1 of 2 (max), top-8, /sum, x2.5`."""
-        parts = [self.score_function if self.bias_on is None else f"{self.score_function} + bias"]
+        """The rule in words, such as `sigmoid + bias on scores, top-8, /sum, x2.5`."""
+        parts = [self.score_function + (f" + bias on {self.bias_on}" if self.bias_on else "")]
         if self.n_group > 1:
             parts.append(f"groups {self.topk_group} of {self.n_group} ({self.group_score})")
         parts.append(f"top-{self.top_k}")
@@ -270,6 +278,7 @@ def selection_rules(spec: RouterSpec, has_bias: bool, dtype: torch.dtype) -> Ite
                 top_k=spec.top_k,
                 score_function=function,
                 bias_on=bias,
+                num_skip_classes=spec.num_skip_classes,
                 in_logits_dtype=native,
                 **group,
             )
@@ -285,13 +294,12 @@ def selection_rules(spec: RouterSpec, has_bias: bool, dtype: torch.dtype) -> Ite
 
 def weighting_rules(rule: ScoringRule, has_expert_scale: bool) -> Iterator[ScoringRule]:
     """The rule with every way to weight what it selects."""
-    norms = (
-        (None, 1.0, 2.0)
-        if rule.score_function not in ("top_k_softmax", "sparse_mixer")
-        else (None,)
-    )
+    norms: list[dict[str, Any]] = [{}]
+    if rule.score_function not in ("top_k_softmax", "sparse_mixer"):
+        norms += [{"normalize_p": 1.0}, {"normalize_p": 1.0, "normalize_eps": 1e-6}]
+        norms += [{"normalize_p": 2.0}]
     for scaled, norm in itertools.product((True, False) if has_expert_scale else (False,), norms):
-        yield replace(rule, normalize_p=norm, uses_expert_scale=scaled)
+        yield replace(rule, uses_expert_scale=scaled, **norm)
 
 
 def count_ties(rule: ScoringRule, logits: Tensor, index: Tensor, bias: Tensor | None) -> int | None:

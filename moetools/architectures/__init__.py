@@ -5,10 +5,11 @@ differs from the call `experts(hidden_states, top_k_index, top_k_weights)`; it d
 `ARCHITECTURE`.
 """
 
-from moetools.architectures._discovery import find_routers
+from moetools.architectures._discovery import find_routers, get_tensor
 from moetools.architectures._refusals import REFUSED, refusal
 from moetools.architectures._spec import (
     Architecture,
+    Reader,
     RouterCall,
     RouterDiscovery,
     RouterModules,
@@ -18,10 +19,12 @@ from moetools.architectures._spec import (
 __all__ = [
     "REFUSED",
     "Architecture",
+    "Reader",
     "RouterCall",
     "RouterDiscovery",
     "RouterModules",
     "RouterSpec",
     "find_routers",
+    "get_tensor",
     "refusal",
 ]

@@ -3,14 +3,14 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import moetools.architectures
-from moetools.architectures._keys import KeyMap
+from moetools.architectures._keys import KeyMap, map_keys
 from moetools.architectures._spec import (
     Architecture,
     RouterDiscovery,
@@ -19,27 +19,32 @@ from moetools.architectures._spec import (
 )
 from moetools.errors import ArchitectureError
 
-OTHER_MODALITY = re.compile(r"vision|visual|audio|image|video|talker|sam_model")
-"""In the path of towers, and of experts, that text tokens never reach."""
+USUAL = Architecture(model_types=(), source="experts(hidden_states, top_k_index, top_k_weights)")
 
 ROUTER_NAMES = ("gate", "router")
 CORRECTION_BIAS = re.compile(r"(correction_bias|expert_bias|balancing_biases)$")
 EXPERT_SCALE = "per_expert_scale"
 SHARED_EXPERTS = re.compile(r"shared_(expert|experts|mlp)$")
-ROUTER_LIKE = re.compile(r"(^|\.)(gate|router|gating|classifier)(\.|$)")
-MULTI_TOKEN = re.compile(r"(^|\.)(mtp|nextn|eh_proj|mtp_\w+)(\.|$)")
 
+OTHER_MODALITY = re.compile(r"vision|visual|audio|image|video|talker|sam_model")
+"""In the path of towers, and of experts, that text tokens never reach."""
 
-def architectures() -> dict[str, tuple[str, Architecture]]:
-    """`model_type` -> (file, how it differs), for the families that have a file."""
-    found = {}
-    for entry in pkgutil.iter_modules(moetools.architectures.__path__):
-        if not entry.name.startswith("_"):
-            module = importlib.import_module(f"moetools.architectures.{entry.name}")
-            found.update(
-                dict.fromkeys(module.ARCHITECTURE.model_types, (entry.name, module.ARCHITECTURE))
-            )
-    return found
+MULTI_TOKEN = re.compile(r"(^|\.)(mtp|nextn)")
+ROUTER_LIKE = re.compile(r"(^|\.)(gate|router|gating)(\.|$)")
+
+TOP_K = ("top_k", "moe_topk")
+TOP_K_FIELDS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+SCALE_FIELDS = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
+SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+
+OF_OTHER_MODALITY = "belongs to another modality: no text token reaches it"
+OF_MULTI_TOKEN = "predicts several tokens ahead (MTP): transformers does not build this layer"
 
 
 def find_routers(
@@ -56,57 +61,68 @@ def find_routers(
         ArchitectureError: No MoE layers; experts whose router cannot be told; a router tensor on
             disk that no router of the model reads, or the other way round.
     """
-    if tensor_shapes is None:
-        tensor_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        disk, unused = {name: [name] for name in tensor_shapes}, []
-    else:
-        keys = KeyMap(model, tensor_shapes)
-        disk, unused = keys.disk, keys.unused
+    keys = map_keys(model, tensor_shapes)
     routers: list[RouterSpec] = []
     ignored: dict[str, str] = {}
-    files = architectures()
-    for modules, config in router_modules(model, files):
-        reader, architecture = files.get(
-            config.model_type, (None, Architecture(model_types=(), source=""))
-        )
-        names = router_tensors(model, modules)
+    for modules, config, architecture in router_modules(model):
+        tensors = router_tensors(model, modules)
         if OTHER_MODALITY.search(modules.block):
-            reason = "a router of another modality: no text token reaches it"
-            ignored.update({key: reason for name in names for key in disk.get(name, [])})
-            continue
-        routers.append(
-            describe(model, modules, config, reader, architecture, names, disk, tensor_shapes)
-        )
+            on_disk = [key for name in tensors for key in keys.disk.get(name, ())]
+            ignored.update(dict.fromkeys(on_disk, OF_OTHER_MODALITY))
+        else:
+            routers.append(describe(model, modules, config, architecture, tensors, keys))
     if not routers:
         raise ArchitectureError(
-            f"{type(model).__name__} has no MoE layers: there is no router to look at. "
+            f"{type(model).__name__} has no MoE layers, so there is no router to look at. "
             "moetools needs a Mixture-of-Experts checkpoint."
         )
     routers.sort(key=lambda spec: spec.name)
-    duplicates = {spec.name for spec in routers if [r.name for r in routers].count(spec.name) > 1}
-    if duplicates:
+    names = [spec.name for spec in routers]
+    if len(set(names)) < len(names):
         raise ArchitectureError(
-            f"{type(model).__name__}: two routers in decoder block {min(duplicates)} cannot be "
-            "told apart; this family needs a description of its own."
+            f"{type(model).__name__}: two routers in decoder block "
+            f"{next(name for name in names if names.count(name) > 1)} cannot be told apart; this "
+            "family needs a description of its own."
         )
-    ignored.update(unused_router_tensors(model, routers, unused, tensor_shapes))
+    ignored.update(unused_router_tensors(model, routers, keys))
     return RouterDiscovery(routers=tuple(routers), ignored=ignored)
 
 
+def get_tensor(model: nn.Module, name: str | None) -> Tensor | None:
+    """A parameter or buffer by its full name; None for None."""
+    if name is None:
+        return None
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def described_families() -> dict[str, Architecture]:
+    """`model_type` -> how it differs, for the families that have a file."""
+    found: dict[str, Architecture] = {}
+    for entry in pkgutil.iter_modules(moetools.architectures.__path__):
+        if not entry.name.startswith("_"):
+            module = importlib.import_module(f"moetools.architectures.{entry.name}")
+            found.update(dict.fromkeys(module.ARCHITECTURE.model_types, module.ARCHITECTURE))
+    return found
+
+
 def router_modules(
-    model: PreTrainedModel, files: Mapping[str, tuple[str, Architecture]]
-) -> Iterator[tuple[RouterModules, PretrainedConfig]]:
+    model: PreTrainedModel,
+) -> Iterator[tuple[RouterModules, PretrainedConfig, Architecture]]:
     """Every router with the config of the innermost model that it belongs to."""
+    families = described_families()
     inner = {
         path: part for path, part in model.named_modules() if isinstance(part, PreTrainedModel)
     }
     for path, part in inner.items():
-        nested = tuple(f"{other}." for other in inner if other != path and len(other) > len(path))
-        _, architecture = files.get(part.config.model_type, (None, None))
-        find = architecture.find if architecture and architecture.find else experts_beside_routers
+        deeper = tuple(f"{other}." for other in inner if len(other) > len(path))
+        architecture = families.get(part.config.model_type, USUAL)
+        find = architecture.find or experts_beside_routers
         for modules in find(path, part):
-            if not modules.block.startswith(nested):
-                yield modules, part.config
+            if not modules.block.startswith(deeper):
+                yield modules, part.config, architecture
 
 
 def experts_beside_routers(path: str, model: nn.Module) -> Iterator[RouterModules]:
@@ -133,10 +149,8 @@ def router_tensors(model: PreTrainedModel, modules: RouterModules) -> dict[str, 
         for name, tensor in model.get_submodule(modules.router).state_dict().items()
     }
     block = model.get_submodule(modules.block)
-    for name, tensor in [
-        *block.named_parameters(recurse=False),
-        *block.named_buffers(recurse=False),
-    ]:
+    beside = [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
+    for name, tensor in beside:
         if CORRECTION_BIAS.search(name):
             tensors[f"{modules.block}.{name}"] = tensor
     return tensors
@@ -146,44 +160,26 @@ def describe(
     model: PreTrainedModel,
     modules: RouterModules,
     config: PretrainedConfig,
-    reader: str | None,
     architecture: Architecture,
     tensors: Mapping[str, Tensor],
-    disk: Mapping[str, list[str]],
-    tensor_shapes: Mapping[str, tuple[int, ...]],
+    keys: KeyMap,
 ) -> RouterSpec:
     """The spec of one router."""
     router, block = model.get_submodule(modules.router), model.get_submodule(modules.block)
-    weight_name = only_matrix(modules.router, tensors, architecture.weight)
-    num_classes = int(tensors[weight_name].shape[0])
-    num_experts = architecture.num_experts(router) if architecture.num_experts else num_classes
+    weight = only_matrix(modules.router, tensors, architecture.weight)
+    num_experts = int(tensors[weight].shape[0])
+    if architecture.num_experts is not None:
+        num_experts = architecture.num_experts(router)
     check_experts(modules, model, num_experts)
-    vectors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if tensor.dim() <= 2
-        and tensor.numel() in (num_experts, num_classes)
-        and name != weight_name
-    }
+    check_disk(weight, tensors, keys)
+    vectors = [name for name, each in tensors.items() if each.numel() == num_experts]
+    bias = weight.removesuffix("weight") + "bias"
     correction = next((name for name in vectors if CORRECTION_BIAS.search(name)), None)
-    bias = next((n for n in vectors if n == weight_name.removesuffix("weight") + "bias"), None)
-    scale = next((name for name in vectors if name.endswith(EXPERT_SCALE)), None)
-    layer = layer_index(modules.block)
-    top_k = first(("top_k", "moe_topk"), router, block) or first(TOP_K_FIELDS, config)
+    expert_scale = next((name for name in vectors if name.endswith(EXPERT_SCALE)), None)
+    top_k = first(TOP_K, router, block) or first(TOP_K_FIELDS, config)
     if not isinstance(top_k, int):
         raise ArchitectureError(f"{modules.router}: cannot tell how many experts a token selects.")
-    if weight_name not in disk:
-        raise ArchitectureError(
-            f"The checkpoint has no tensor for the router weight {weight_name}; "
-            "the checkpoint is incomplete or of another family than its config says."
-        )
-    for name, tensor in tensors.items():
-        for key in disk.get(name, []):
-            if tensor_shapes[key] != tuple(tensor.shape) and len(disk[name]) == 1:
-                raise ArchitectureError(
-                    f"{key} has shape {list(tensor_shapes[key])}, the model expects "
-                    f"{list(tensor.shape)}; the checkpoint does not fit its config.json."
-                )
+    layer = layer_index(modules.block)
     return RouterSpec(
         name=f"{layer:02d}" if modules.kind == "mlp" else f"{layer:02d}.{modules.kind}",
         layer=layer,
@@ -191,15 +187,16 @@ def describe(
         module=f"{modules.router}.{architecture.logits}" if architecture.logits else modules.router,
         experts_module=modules.experts,
         tap=architecture.tap,
-        reader=reader if architecture.read else None,
-        weight_name=weight_name,
-        weight_key=disk[weight_name][0],
-        bias_key=disk[bias][0] if bias in disk else None,
+        reader=architecture.read.__module__ if architecture.read else None,
+        weight_name=weight,
+        weight_key=keys.disk[weight][0],
+        bias_key=key_of(bias, keys) if bias in vectors else None,
         correction_bias_name=correction,
-        correction_bias_key=disk[correction][0] if correction in disk else None,
-        expert_scale_name=scale,
-        keys=tuple(key for name in tensors for key in disk.get(name, [])),
+        correction_bias_key=key_of(correction, keys),
+        expert_scale_name=expert_scale,
+        keys=tuple(key for name in tensors for key in keys.disk.get(name, ())),
         num_experts=num_experts,
+        num_skip_classes=architecture.num_skip_classes,
         top_k=top_k,
         num_shared_experts=num_shared_experts(model, modules, config),
         score_function=first(("scoring_func", "expert_selection_fn"), config),
@@ -211,30 +208,16 @@ def describe(
     )
 
 
-TOP_K_FIELDS = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-)
-SCALE_FIELDS = ("routed_scaling_factor", "route_scale", "router_scaling_factor")
-SHARED_FIELDS = (
-    "n_shared_experts",
-    "num_shared_experts",
-    "moe_num_shared_experts",
-    "num_shared_expert",
-)
-
-
-def first(names: tuple[str, ...], *owners: Any) -> Any:
+def first(names: Sequence[str], *owners: Any) -> Any:
     """The first attribute that one of the owners has and that is not None."""
-    for owner in owners:
-        for name in names:
-            value = getattr(owner, name, None)
-            if value is not None:
-                return value
-    return None
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def key_of(name: str | None, keys: KeyMap) -> str | None:
+    """Key on disk of a tensor, None where the checkpoint has none."""
+    found = keys.disk.get(name, ()) if name is not None else ()
+    return found[0] if found else None
 
 
 def only_matrix(router: str, tensors: Mapping[str, Tensor], given: str | None) -> str:
@@ -256,16 +239,32 @@ def only_matrix(router: str, tensors: Mapping[str, Tensor], given: str | None) -
 
 def check_experts(modules: RouterModules, model: PreTrainedModel, num_experts: int) -> None:
     """Refuse a module that is called a router but scores fewer classes than there are experts."""
-    stacked = {
+    stacked = [
         int(parameter.shape[0])
         for parameter in model.get_submodule(modules.experts).parameters()
         if parameter.dim() == 3
-    }
+    ]
     if stacked and min(stacked) > num_experts:
         raise ArchitectureError(
             f"{modules.router} scores {num_experts} classes, but {modules.experts} holds "
             f"{min(stacked)} experts: it is not their router."
         )
+
+
+def check_disk(weight: str, tensors: Mapping[str, Tensor], keys: KeyMap) -> None:
+    """Refuse a checkpoint without the router weight, or with router tensors of another shape."""
+    if weight not in keys.disk:
+        raise ArchitectureError(
+            f"The checkpoint has no tensor for the router weight {weight}: it is incomplete, or of "
+            "another family than its config.json says."
+        )
+    for name, tensor in tensors.items():
+        for key in keys.disk.get(name, ()):
+            if key not in keys.converted and keys.shapes[key] != tuple(tensor.shape):
+                raise ArchitectureError(
+                    f"{key} has shape {list(keys.shapes[key])}, but config.json describes "
+                    f"{list(tensor.shape)}."
+                )
 
 
 def layer_index(path: str) -> int:
@@ -278,42 +277,36 @@ def layer_index(path: str) -> int:
 
 def num_shared_experts(model: PreTrainedModel, modules: RouterModules, config: Any) -> int:
     """Experts that see every token, as the config counts them, else the modules found."""
-    owners = [
-        model.get_submodule(modules.block),
-        model.get_submodule(modules.block.rpartition(".")[0]),
-    ]
-    if not any(SHARED_EXPERTS.search(n) for owner in owners for n, _ in owner.named_children()):
+    paths = (modules.block, modules.block.rpartition(".")[0])
+    children = [name for path in paths for name, _ in model.get_submodule(path).named_children()]
+    if not any(SHARED_EXPERTS.search(name) for name in children):
         return 0
     count = first(SHARED_FIELDS, config)
     return count if isinstance(count, int) and count > 0 else 1
 
 
 def unused_router_tensors(
-    model: PreTrainedModel,
-    routers: list[RouterSpec],
-    unused: list[str],
-    tensor_shapes: Mapping[str, tuple[int, ...]],
+    model: PreTrainedModel, routers: Sequence[RouterSpec], keys: KeyMap
 ) -> dict[str, str]:
     """Router tensors on disk that the model does not read, with the reason.
 
     Raises:
         ArchitectureError: There is no known reason.
     """
-    suffixes = {re.sub(r"^.*?\.\d+\.", "", key) for spec in routers for key in spec.keys}
-    shapes = {tensor_shapes[spec.weight_key] for spec in routers}
+    endings = tuple({re.sub(r"^.*?\.\d+\.", ".", key) for spec in routers for key in spec.keys})
+    shapes = {keys.shapes[spec.weight_key] for spec in routers}
     num_layers = model.config.get_text_config().num_hidden_layers
     reasons: dict[str, str] = {}
     unexplained = []
-    for key in unused:
-        known_name = any(key == suffix or key.endswith(f".{suffix}") for suffix in suffixes)
-        router_shape = tensor_shapes[key] in shapes and ROUTER_LIKE.search(key)
-        if not known_name and not router_shape:
+    for key in keys.unused:
+        looks_alike = keys.shapes[key] in shapes and ROUTER_LIKE.search(key)
+        if not looks_alike and not f".{key}".endswith(endings):
             continue
-        numbers = [int(part) for part in key.split(".") if part.isdecimal()]
-        if MULTI_TOKEN.search(key) or (numbers and numbers[0] >= num_layers):
-            reasons[key] = "multi-token prediction: transformers does not build this layer"
-        elif OTHER_MODALITY.search(key):
-            reasons[key] = "a router of another modality: no text token reaches it"
+        number = next((int(part) for part in key.split(".") if part.isdecimal()), -1)
+        if OTHER_MODALITY.search(key):
+            reasons[key] = OF_OTHER_MODALITY
+        elif MULTI_TOKEN.search(key) or number >= num_layers:
+            reasons[key] = OF_MULTI_TOKEN
         else:
             unexplained.append(key)
     if unexplained:

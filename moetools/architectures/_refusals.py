@@ -14,6 +14,18 @@ ENCODER_DECODER = (
 REFUSED: dict[str, str] = {
     "switch_transformers": ENCODER_DECODER,
     "nllb-moe": ENCODER_DECODER,
+    "diffusion_gemma": (
+        "a block-diffusion model: it routes every token anew in each denoising step, so a token "
+        "has no single selection"
+    ),
+    "qwen3_omni_moe": (
+        "a speech pipeline of three models without a common forward pass; its text model is "
+        "recorded from a checkpoint of 'qwen3_omni_moe_thinker'"
+    ),
+    "openai_privacy_filter": "a token classifier, not a language model",
+    "vitpose_backbone": (
+        "an image backbone, not a language model; its experts are picked by the data set"
+    ),
 }
 """`model_type` -> reason, for families of transformers whose routers cannot be recorded exactly."""
 

@@ -1,7 +1,7 @@
 """What is known about one router, and what a family may say when it differs from the others."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class RouterSpec:
         experts_module: Path of the module that is called once with the selection.
         tap: Whether the selection is read from the call of `experts_module`, or from the output
             of `module`.
-        reader: File of `moetools.architectures` that reads the selection; None for the usual call
+        reader: Module of `moetools.architectures` that reads the selection; None for the usual call
             `experts(hidden_states, top_k_index, top_k_weights)`.
         weight_name: Parameter of the model that holds the router weight [E, H].
         weight_key: Key of that tensor in the checkpoint.
@@ -31,6 +31,7 @@ class RouterSpec:
         keys: Every key in the checkpoint that belongs to this router.
         num_experts: Classes of the router, E. May exceed the experts that hold weights (identity
             experts), never counts shared experts.
+        num_skip_classes: Classes among them, the last ones, that select no expert; weight 0.
         top_k: Experts per token, K.
         num_shared_experts: Experts that see every token; they are never recorded.
         score_function, norm_topk_prob, routed_scaling_factor, n_group, topk_group, jitter_eps: What
@@ -53,6 +54,7 @@ class RouterSpec:
     expert_scale_name: str | None
     keys: tuple[str, ...]
     num_experts: int
+    num_skip_classes: int
     top_k: int
     num_shared_experts: int
     score_function: str | None
@@ -106,6 +108,10 @@ class RouterCall:
     experts_args: tuple[Any, ...]
 
 
+Reader = Callable[[RouterSpec, RouterCall], tuple[Tensor, Tensor, Tensor | None]]
+"""Reads `(top_k_index, top_k_weights, router_logits)` of one call."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """How a family differs from `experts(hidden_states, top_k_index, top_k_weights)`.
@@ -118,8 +124,8 @@ class Architecture:
         logits: Submodule of the router that returns the logits, where the router itself does not.
         tap: As in `RouterSpec`.
         num_experts: Classes of the router, where that is not the weight's first dimension.
-        read: Reads `(top_k_index, top_k_weights, router_logits)` of one call, where the usual
-            reader does not.
+        num_skip_classes: As in `RouterSpec`.
+        read: Reads the selection of a call, where the usual reader does not.
     """
 
     model_types: tuple[str, ...]
@@ -129,6 +135,5 @@ class Architecture:
     logits: str | None = None
     tap: Literal["experts", "router"] = "experts"
     num_experts: Callable[[nn.Module], int] | None = None
-    read: Callable[[RouterSpec, RouterCall], tuple[Tensor, Tensor, Tensor | None]] | None = field(
-        default=None
-    )
+    num_skip_classes: int = 0
+    read: Reader | None = None

@@ -24,6 +24,7 @@ def read(spec: RouterSpec, call: RouterCall) -> tuple[Tensor, Tensor, Tensor | N
 ARCHITECTURE = Architecture(
     model_types=("zaya",),
     source="transformers/models/zaya/modeling_zaya.py, ZayaRouter",
+    num_skip_classes=1,
     weight="router_mlp.out_proj.weight",
     read=read,
 )
