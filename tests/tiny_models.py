@@ -147,6 +147,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     },
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "moe_topk": 3},
+    "mimo_v2_flash": {"num_key_value_heads": 2},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 16]},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
     "step3p5": {"mlp_layer_types": ["dense", "sparse", "sparse"], "share_expert_dim": 16},
