@@ -5,6 +5,7 @@ Shapes: T tokens, S sequences, E routed experts, K selected per token.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -171,8 +172,9 @@ def token_table(
     *,
     experts: Mapping[str, Array],
     weights: Mapping[str, Array],
-    probs: Mapping[str, Array],
-    logits: Mapping[str, Array],
+    probs: Mapping[str, Array] = MappingProxyType({}),
+    margins: Mapping[str, Array] = MappingProxyType({}),
+    logits: Mapping[str, Array] = MappingProxyType({}),
     first_sequence: int = 0,
     token_id: Array | None = None,
     predictions: Array | None = None,
@@ -202,7 +204,9 @@ def token_table(
         mask = dropped if dropped.any() else None
         columns[f"experts.{name}"] = fixed_size_list(stored, mask=mask)
         columns[f"weights.{name}"] = fixed_size_list(weight.astype(np.float16), mask=mask)
-        if name in probs:
+        if name in margins:
+            columns[f"margin.{name}"] = margins[name]
+        elif name in probs:
             ordered = -np.sort(-probs[name], axis=1)
             below = min(router.top_k, router.num_experts - 1)
             columns[f"margin.{name}"] = (ordered[:, router.top_k - 1] - ordered[:, below]).astype(
