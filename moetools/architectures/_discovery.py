@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ OTHER_MODALITY = re.compile(r"vision|visual|audio|image|video|talker|sam_model")
 """In the path of towers, and of experts, that text tokens never reach."""
 
 MULTI_TOKEN = re.compile(r"(^|\.)(mtp|nextn)")
-ROUTER_LIKE = re.compile(r"(^|\.)(gate|router|gating)(\.|$)")
+BESIDE_EXPERTS = re.compile(r"(gate|router)(?!_(up_)?proj)")
+"""How the name of a tensor begins that lies beside the experts and looks like a router's."""
 
 TOP_K = ("top_k", "moe_topk")
 TOP_K_FIELDS = (
@@ -285,6 +286,15 @@ def num_shared_experts(model: PreTrainedModel, modules: RouterModules, config: A
     return count if isinstance(count, int) and count > 0 else 1
 
 
+def lies_beside(key: str, blocks: Collection[str]) -> bool:
+    """Whether a tensor lies beside the experts of one of the blocks and is named as a router's."""
+    parts = key.split(".")
+    return any(
+        ".".join(parts[:length]) in blocks and BESIDE_EXPERTS.match(parts[length]) is not None
+        for length in range(1, len(parts))
+    )
+
+
 def unused_router_tensors(
     model: PreTrainedModel, routers: Sequence[RouterSpec], keys: KeyMap
 ) -> dict[str, str]:
@@ -294,13 +304,12 @@ def unused_router_tensors(
         ArchitectureError: There is no known reason.
     """
     endings = tuple({re.sub(r"^.*?\.\d+\.", ".", key) for spec in routers for key in spec.keys})
-    shapes = {keys.shapes[spec.weight_key] for spec in routers}
+    blocks = {key.partition(".experts.")[0] for key in keys.shapes if ".experts." in key}
     num_layers = model.config.get_text_config().num_hidden_layers
     reasons: dict[str, str] = {}
     unexplained = []
     for key in keys.unused:
-        looks_alike = keys.shapes[key] in shapes and ROUTER_LIKE.search(key)
-        if not looks_alike and not f".{key}".endswith(endings):
+        if not f".{key}".endswith(endings) and not lies_beside(key, blocks):
             continue
         number = next((int(part) for part in key.split(".") if part.isdecimal()), -1)
         if OTHER_MODALITY.search(key):

@@ -50,7 +50,7 @@ def refusal(
     if model_type not in CONFIG_MAPPING:
         return None if trust_remote_code and values.get("auto_map") else unknown(model_type, values)
     if values.get("is_encoder_decoder"):
-        return f"model_type '{model_type}' is {ENCODER_DECODER}"
+        return f"model_type '{model_type}' is an encoder-decoder: only decoders are recorded"
     quantization = values.get("quantization_config") or {}
     if quantization.get("quant_method") == "mxfp4":
         return (
