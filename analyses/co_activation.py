@@ -49,6 +49,8 @@ from moetools.analysis import (
     Picture,
     mlp_routers,
     rows,
+    select,
+    single,
 )
 from moetools.expert_counts import count_joint, count_pairs
 from moetools.information import entropy, normalised_mutual_information
@@ -300,20 +302,92 @@ def self_nmi(
 
 
 def nmi_floor(router: TracedRouter, router_b: TracedRouter, joint: NDArray[np.float64]) -> float:
-    """Expected `layer_nmi` of unrelated random sets, to second order (Miller and Madow for k = 1)."""
+    """Expected `layer_nmi` of unrelated random sets, to second order (k = 1: Miller-Madow)."""
     excess = (router.num_experts - router.top_k) * (router_b.num_experts - router_b.top_k)
     scale = np.sqrt(entropy(joint.sum(axis=1)) * entropy(joint.sum(axis=0)))
     return float(excess / (2 * joint.sum() * scale)) if joint.sum() and scale > 0 else np.nan
 
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
-    """Pictures."""
-    yield from ()
+    """Dependence within layers, and from layer to layer."""
+    from moetools.reporting import charts, style
+
+    panels = [
+        (metric, floors, label)
+        for metric, floors, label in (
+            ("pair_divergence", (("pair_divergence_floor", ":", "chance"),), "divergence (nats)"),
+            (
+                "layer_nmi",
+                (
+                    ("layer_nmi_next_token", "--", "next token"),
+                    ("layer_nmi_ceiling", "-.", "equal selections"),
+                    ("layer_nmi_floor", ":", "chance"),
+                ),
+                "normalised mutual information",
+            ),
+        )
+        if len(select(table, metric=metric, scope="layer"))
+    ]
+    if not panels:
+        return
+    figure, axes = style.subplots(1, len(panels), height=2.8)
+    for panel, (metric, floors, label) in zip(axes[0], panels, strict=True):
+        found = select(table, metric=metric, scope="layer")
+        charts.lines_by_layer(panel, found, label="same token")
+        for name, dashes, meaning in floors:
+            floor = select(table, metric=name, scope="layer")
+            charts.lines_by_layer(
+                panel, floor, label=meaning, ls=dashes, marker="", color="#888888"
+            )
+        within = metric == "pair_divergence"
+        panel.set(title="within a layer" if within else "a layer and the next", ylabel=label)
+        panel.set_ylim(bottom=0)
+        panel.legend()
+    yield Picture(
+        name="co_activation_by_layer",
+        caption=(
+            "Within a layer: how far pairs of experts selected together are from what the loads "
+            "alone would give. Between layers: how much a layer's selection tells about the next "
+            "layer's, beside what the next token's tells (what both owe to the text). Bands: 95 % "
+            "intervals."
+        ),
+        figure=figure,
+    )
 
 
 def findings(table: pd.DataFrame) -> Iterator[Finding]:
-    """Sentences."""
-    yield from ()
+    """The strongest pair, and the strongest link between layers."""
+    pairs = select(table, metric="pair_npmi", scope="pair")
+    if len(pairs):
+        best = pairs.loc[pairs["value"].idxmax()]
+        place = {name: best[name] for name in ("layer", "expert", "expert_b")}
+        lift = single(table, "pair_lift", "pair", **place)
+        share = single(table, "pair_share", "pair", **place)
+        yield Finding(
+            text=(
+                f"In layer {best['layer']}, experts {best['expert']} and {best['expert_b']} are "
+                f"selected together {lift:.1f} times as often as their loads explain "
+                f"({share:.1%} of tokens)."
+            ),
+            weight=float(np.clip(best["value"], 0, 1)),
+            metric="pair_lift",
+        )
+    links = select(table, metric="layer_nmi", scope="layer").dropna(subset="value")
+    if len(links):
+        best = links.loc[links["value"].idxmax()]
+        place = {"layer": best["layer"], "layer_b": best["layer_b"]}
+        other = single(table, "layer_nmi_next_token", "layer", **place)
+        ceiling = single(table, "layer_nmi_ceiling", "layer", **place)
+        excess = (best["value"] - other) / ceiling
+        yield Finding(
+            text=(
+                f"Layer {best['layer']}'s selection tells most about the next layer's "
+                f"({best['layer_b']}): normalised mutual information {best['value']:.3f}, with the "
+                f"next token {other:.3f}; equal selections would give {ceiling:.2f}."
+            ),
+            weight=float(np.clip(2 * excess, 0, 1)) if np.isfinite(excess) else 0.1,
+            metric="layer_nmi",
+        )
 
 
 ANALYSIS = Analysis(

@@ -35,6 +35,8 @@ from moetools.analysis import (
     Picture,
     layer_rows,
     mlp_routers,
+    select,
+    single,
 )
 from moetools.expert_counts import count_selections
 from moetools.information import entropy
@@ -43,6 +45,7 @@ from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
 FAMILIES = ("probs", "probs_even", "probs_odd", "entropy")
 NUM_SCALARS = 4
+LINES = ("-", "-.", "--", ":")
 RELATIVE = ("token_entropy", "sequence_entropy", "mean_entropy", "load_entropy")
 
 
@@ -187,13 +190,75 @@ def metrics(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
-    """Pictures."""
-    yield from ()
+    """Entropies by layer."""
+    from moetools.reporting import charts, style
+
+    token = select(table, metric="token_entropy_relative", scope="layer")
+    figure, axes = style.subplots(1, 1 if token.empty else 2, height=2.8)
+    left = axes[0, 0]
+    several = table["trace"].nunique() > 1
+    for i, (metric, label) in enumerate(
+        (
+            ("load_entropy_relative", "load"),
+            ("mean_entropy_relative", "all texts"),
+            ("sequence_entropy_relative", "one text"),
+            ("token_entropy_relative", "one token"),
+        )
+    ):
+        found = select(table, metric=metric, scope="layer")
+        options = {"ls": LINES[i]} if several else {"color": style.COLORS[i]}
+        charts.lines_by_layer(left, found, label=label, **options)
+    left.set(ylabel="entropy / ln E", ylim=(0, 1.02))
+    left.legend(ncols=2)
+    caption = "Entropy of the share of selections, 1 if even, by layer with 95 % intervals."
+    if not token.empty:
+        right = axes[0, 1]
+        between = select(table, metric="between_sequence_information", scope="layer")
+        floor = select(table, metric="between_sequence_floor", scope="layer")
+        charts.lines_by_layer(right, between, label="text")
+        charts.lines_by_layer(right, floor, label="floor", ls=":", marker="", color="#888888")
+        right.set(ylabel="information (nats)")
+        right.set_ylim(bottom=0)
+        right.legend()
+        caption = (
+            "Left: how undecided the router is about one token, one text and all texts, 1 if all "
+            "experts are equally likely. Right: how much the text alone tells about the expert, "
+            "and what equal texts of these lengths would show (dotted)."
+        )
+    yield Picture(name="entropy_by_layer", caption=caption, figure=figure)
 
 
 def findings(table: pd.DataFrame) -> Iterator[Finding]:
-    """Sentences."""
-    yield from ()
+    """How sure the router is, and what the text tells."""
+    layers = select(table, metric="token_entropy", scope="layer").sort_values("value")
+    if layers.empty:
+        return
+    relative = single(table, "token_entropy_relative")
+    first, last = layers.iloc[0], layers.iloc[-1]
+    range_ = (
+        f", from {np.exp(first['value']):.1f} in layer {first['layer']} to "
+        f"{np.exp(last['value']):.1f} in layer {last['layer']}"
+    )
+    yield Finding(
+        text=(
+            "For one token the router hesitates between "
+            f"{np.exp(single(table, 'token_entropy')):.1f} experts (exp of the entropy, "
+            f"{relative:.0%} of the most possible){range_ if len(layers) > 1 else ''}."
+        ),
+        weight=float(np.clip(2 * (relative - 0.85) / 0.15, 0, 1)) if relative > 0.85 else 0.3,
+        metric="token_entropy",
+    )
+    between = single(table, "between_sequence_information")
+    floor, total = single(table, "between_sequence_floor"), single(table, "mean_entropy")
+    known = np.isfinite(floor)
+    yield Finding(
+        text=(
+            f"Knowing the text tells {between:.2f} of {total:.2f} nats about the expert"
+            + (f"; texts of these lengths would show {floor:.2f} by accident." if known else ".")
+        ),
+        weight=float(np.clip(4 * (between - floor) / total, 0, 1)) if known else 0.1,
+        metric="between_sequence_information",
+    )
 
 
 ANALYSIS = Analysis(

@@ -39,9 +39,12 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    each_trace,
     layer_rows,
     router_columns,
     rows,
+    select,
+    single,
 )
 from moetools.expert_counts import count_selections, sum_weights
 from moetools.information import entropy, gini
@@ -49,6 +52,7 @@ from moetools.intervals import Cells, Scope, basic_interval
 from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
 COLD = 0.1
+MAX_LISTED = 8
 BOUNDS = {
     "load_max_over_mean": (1, np.inf),
     "load_cv": (0, np.inf),
@@ -212,13 +216,110 @@ def floors(counts: NDArray[np.float64], top_k: int) -> dict[str, NDArray[np.floa
 
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
-    """Pictures."""
-    yield from ()
+    """Shares of all experts, and unevenness by layer."""
+    from moetools.reporting import charts, style
+
+    for suffix, one in each_trace(table):
+        shares = select(one, metric="load_share", scope="expert", group=None)
+        if shares.empty:
+            continue
+        values, layers, _ = charts.matrix(shares)
+        ratio = values * np.isfinite(values).sum(axis=1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            levels = np.log2(ratio)
+        figure, axes = style.subplots(height=charts.heatmap_height(len(layers)))
+        style.heatmap(
+            axes[0, 0], np.maximum(levels, -5), rows=layers, center=0, vmin=-3, vmax=3,
+            label="load over mean (log2)",
+        )  # fmt: skip
+        axes[0, 0].set(xlabel="expert", ylabel="layer")
+        yield Picture(
+            name=f"load_by_expert{suffix}",
+            caption=(
+                "How often each expert is selected, on a logarithmic scale around the mean of its "
+                "layer: +1 is twice the mean, -1 half of it. Light grey: the layer has no such "
+                "expert."
+            ),
+            figure=figure,
+        )
+    figure, axes = style.subplots(1, 2, height=2.6)
+    for panel, metric, label in (
+        (axes[0, 0], "load_cv", "coefficient of variation"),
+        (axes[0, 1], "effective_num_experts", "effective number of experts"),
+    ):
+        charts.lines_by_layer(panel, select(table, metric=metric, scope="layer"))
+        panel.set_ylabel(label)
+        panel.set_ylim(bottom=0)
+    noise = select(table, metric="load_cv_noise", scope="layer")
+    charts.lines_by_layer(axes[0, 0], noise, label="noise", ls=":", marker="", color="#888888")
+    axes[0, 0].legend()
+    if table["trace"].nunique() > 1:
+        axes[0, 1].legend()
+    yield Picture(
+        name="load_by_layer",
+        caption=(
+            "Unevenness of the load by layer with 95 % intervals. Left: 0 is even; near the dotted "
+            "line it is not more than texts differ by accident. Right: as many equally used "
+            "experts would be as varied."
+        ),
+        figure=figure,
+    )
 
 
 def findings(table: pd.DataFrame) -> Iterator[Finding]:
-    """Sentences."""
-    yield from ()
+    """Dead experts, the most uneven layer, and how many experts are in use."""
+    shares = select(table, metric="load_share", scope="expert", group=None)
+    if shares.empty:
+        return
+    num_tokens = int(shares["num_tokens"].iloc[0])
+    yield from dead_findings(shares, num_tokens)
+    per_layer = {layer: rows_["value"].to_numpy(float) for layer, rows_ in shares.groupby("layer")}
+    layer, values = max(per_layer.items(), key=lambda item: np.sort(item[1])[-1] * len(item[1]))
+    size = max(1, len(values) // 16)
+    top = float(np.sort(values)[-size:].sum())
+    yield Finding(
+        text=(
+            f"Layer {layer} is the most uneven: {top:.0%} of its selections go to {size} of "
+            f"{len(values)} experts (evenly it would be {size / len(values):.0%})."
+        ),
+        weight=float(np.clip((top * len(values) / size - 1) / 8, 0, 1)),
+        metric="load_share",
+    )
+    cv, noise = single(table, "load_cv"), single(table, "load_cv_noise")
+    effective = single(table, "effective_num_experts")
+    mean_experts = float(np.mean([len(values) for values in per_layer.values()]))
+    known = np.isfinite(noise)
+    within = known and cv < 2 * noise
+    yield Finding(
+        text=(
+            f"On average over layers the load is as varied as {effective:.1f} equally used experts "
+            f"of {mean_experts:.0f}; its coefficient of variation is {cv:.2f}"
+            + (f", of which differences between texts explain up to {noise:.2f}." if known else ".")
+        ),
+        weight=0.0 if within else float(np.clip(1.5 * (1 - effective / mean_experts), 0, 1)),
+        metric="effective_num_experts",
+    )
+
+
+def dead_findings(shares: pd.DataFrame, num_tokens: int) -> Iterator[Finding]:
+    """Experts that were never selected, or that all were."""
+    dead = shares[shares["value"] == 0]
+    if dead.empty:
+        text = f"Every one of {len(shares)} experts was selected in {num_tokens:,} tokens."
+        yield Finding(text=text, weight=0.0, metric="num_dead_experts")
+        return
+    layers = [str(layer) for layer in sorted(dead["layer"].unique())]
+    where = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+    if len(layers) > MAX_LISTED:
+        where = f"in {len(layers)} layers"
+    yield Finding(
+        text=(
+            f"{len(dead)} of {len(shares)} experts {'was' if len(dead) == 1 else 'were'} never "
+            f"selected in {num_tokens:,} tokens ({where})."
+        ),
+        weight=float(np.clip(0.5 + 5 * len(dead) / len(shares), 0, 1)),
+        metric="num_dead_experts",
+    )
 
 
 ANALYSIS = Analysis(

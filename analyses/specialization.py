@@ -52,9 +52,12 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    each_trace,
     layer_rows,
     mlp_routers,
     rows,
+    select,
+    single,
 )
 from moetools.expert_counts import count_selections
 from moetools.information import mutual_information
@@ -425,13 +428,126 @@ def mean_known(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
-    """Pictures."""
-    yield from ()
+    """Preferences of experts for groups, and purity of the ids that experts own."""
+    from moetools.reporting import charts, style
+
+    for suffix, one in each_trace(table):
+        yield from group_pictures(one, suffix)
+    owned = select(table, metric="vocabulary_specialization", scope="layer").dropna(subset="value")
+    if owned.empty:
+        return
+    names = list(dict.fromkeys(owned["vocabulary"]))
+    figure, axes = style.subplots(1, len(names), height=2.6, sharey=True)
+    for panel, name in zip(axes[0], names, strict=True):
+        charts.lines_by_layer(panel, select(owned, vocabulary=name), label="owner's share")
+        floor = select(table, metric="vocabulary_floor", scope="layer", vocabulary=name)
+        charts.lines_by_layer(panel, floor, label="by chance", ls=":", marker="", color="#888888")
+        panel.set(title=f"{name} token", ylim=(0, 1))
+    axes[0, 0].set_ylabel("vocabulary specialisation")
+    axes[0, -1].legend()
+    yield Picture(
+        name="vocabulary_specialization",
+        caption=(
+            "For ids that occur at least 20 times: the share of occurrences that go to the expert "
+            "that gets most of them, averaged over experts. Dotted: what chance would give with "
+            "the same loads and occurrences."
+        ),
+        figure=figure,
+    )
+
+
+def group_pictures(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
+    """Domain specialisation by layer, and the groups' experts."""
+    from moetools.reporting import charts, style
+
+    layers = select(table, metric="domain_specialization", scope="layer").dropna(subset="value")
+    if layers.empty:
+        return
+    transfer = select(table, metric="load_transfer", scope="group")
+    groups = sorted({*transfer["group"], *transfer["group_b"]})
+    lift = select(table, metric="group_lift", scope="expert").assign(
+        expert=lambda rows_: rows_["layer"] * 100_000 + rows_["expert"]
+    )
+    values, names, keys = charts.matrix(lift, index="group")
+    order = np.argsort(np.where(np.isfinite(values), values, 0).argmax(axis=0), kind="stable")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.clip(np.log2(values[:, order]), -3, 3)
+    height = charts.heatmap_height(len(groups)) + 2.2
+    figure, axes = style.subplots(2, 1, height=height, height_ratios=(2.2, height - 2.2))
+    charts.lines_by_layer(axes[0, 0], layers, label="measured")
+    floor = select(table, metric="domain_specialization_floor", scope="layer")
+    charts.lines_by_layer(axes[0, 0], floor, label="by chance", ls=":", marker="", color="#888888")
+    axes[0, 0].set(ylabel="domain specialisation")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].legend()
+    style.heatmap(
+        axes[1, 0], levels, rows=names, center=0, vmin=-2, vmax=2, label="share over mean (log2)"
+    )
+    axes[1, 0].set(xlabel=f"{len(keys)} experts of all layers, by the group that uses them most")
+    yield Picture(
+        name=f"domain_specialization{suffix}",
+        caption=(
+            "Above: how much the frequency of an expert differs between groups (standard deviation "
+            "over mean), by layer, and what the differences between texts of one group would "
+            "give. Below: each expert's share of a group's selections over its mean share."
+        ),
+        figure=figure,
+    )
 
 
 def findings(table: pd.DataFrame) -> Iterator[Finding]:
-    """Sentences."""
-    yield from ()
+    """Preferences for groups and for token ids."""
+    yield from domain_findings(table)
+    for name, meaning in (("input", "that it reads"), ("next", "that comes next")):
+        found = single(table, "vocabulary_specialization", vocabulary=name)
+        chance = single(table, "vocabulary_floor", vocabulary=name)
+        if np.isfinite(found) and np.isfinite(chance):
+            yield Finding(
+                text=(
+                    f"The token {meaning} is bound to an expert: its owner gets {found:.0%} of its "
+                    f"occurrences, by chance {chance:.0%}."
+                    if found > 1.1 * chance
+                    else f"Experts hardly depend on the token {meaning}: the owner of an id gets "
+                    f"{found:.0%} of its occurrences, by chance {chance:.0%}."
+                ),
+                weight=float(np.clip((found - chance) / (1 - chance), 0, 1)) if chance < 1 else 0.0,
+                metric="vocabulary_specialization",
+            )
+
+
+def domain_findings(table: pd.DataFrame) -> Iterator[Finding]:
+    """How far experts prefer groups, and the strongest preference."""
+    value = single(table, "domain_specialization")
+    floor = single(table, "domain_specialization_floor")
+    if not np.isfinite(value):
+        return
+    clear = not value < 1.5 * floor
+    layers = select(table, metric="domain_specialization", scope="layer").dropna(subset="value")
+    most = layers.loc[layers["value"].idxmax()]
+    chance = f" ({floor:.2f} by chance)" if np.isfinite(floor) else ""
+    yield Finding(
+        text=(
+            f"Experts {'prefer' if clear else 'do not clearly prefer'} some groups: the frequency "
+            f"of an expert differs by {value:.0%} of its mean between groups{chance}, most in "
+            f"layer {most['layer']} ({most['value']:.2f})."
+        ),
+        weight=float(np.clip(value - floor, 0.1, 1)) if clear and np.isfinite(floor) else 0.1,
+        metric="domain_specialization",
+    )
+    own = select(table, metric="domain_specialization", scope="expert")
+    noise = select(table, metric="domain_specialization_floor", scope="expert")
+    sure = own.loc[own["value"].to_numpy() > 3 * noise["value"].to_numpy(), ["layer", "expert"]]
+    lift = select(table, metric="group_lift", scope="expert").merge(sure, on=["layer", "expert"])
+    if len(lift):
+        best = lift.loc[lift["value"].idxmax()]
+        yield Finding(
+            text=(
+                f"The clearest preference: expert {best['expert']} of layer {best['layer']} takes "
+                f"{best['value']:.1f} times its mean share in {best['group']}."
+            ),
+            weight=float(np.clip((best["value"] - 1) / 8, 0, 0.9)),
+            metric="group_lift",
+        )
 
 
 ANALYSIS = Analysis(

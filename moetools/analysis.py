@@ -5,7 +5,7 @@ whole sequences batch by batch, parts can be merged, and `table` turns it into o
 table with one row per number.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -176,6 +176,28 @@ def layer_rows(
         metric, "layer", draws[0], layer=layer, low=low, high=high,
         group=scope.group, num_tokens=scope.num_tokens, **columns,
     ).assign(scope=names)  # fmt: skip
+
+
+def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """Rows with these values in these columns; None asks for null."""
+    kept = np.full(len(table), True)
+    for name, value in wanted.items():
+        column = table[name] if name in table else pd.Series(None, index=table.index)
+        kept &= (column.isna() if value is None else column == value).fillna(False).to_numpy(bool)
+    return table[kept]
+
+
+def single(table: pd.DataFrame, metric: str, scope: str = "model", **wanted: Any) -> float:
+    """The value of the only row of a metric and scope; NaN if there is none."""
+    values = select(table, metric=metric, scope=scope, **wanted)["value"]
+    return float(values.iloc[0]) if len(values) == 1 else np.nan
+
+
+def each_trace(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What to add to the name of a trace's own picture, and the trace's rows."""
+    traces = list(dict.fromkeys(table["trace"]))
+    for trace in traces:
+        yield f"_{trace}" if len(traces) > 1 else "", table[table["trace"] == trace]
 
 
 def tidy(parts: Sequence[pd.DataFrame], *, trace: str, step: int | None = None) -> pd.DataFrame:
