@@ -42,6 +42,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 SEED = 7
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 EOS_ID, PAD_ID = 0, 1
+MUON_FROM_STEP = 300
 SNAPSHOT_STEPS = (0, 15, 30, 60, 120, 240, 480, 720, 960, 1200, 1500, 1800, 2100, 2400, 2700, 3000)
 
 CONFIG: dict[str, Any] = {
@@ -360,6 +361,56 @@ def new_optimizer(model: OlmoeForCausalLM) -> torch.optim.AdamW:
     )
 
 
+class Muon:
+    """Momentum with orthogonalised updates for the matrices of attention and experts.
+
+    Stateful like an optimiser; every worker orthogonalises its share and they exchange the result.
+    The gate and up projections of each expert count as matrices of their own. Updates have the
+    root mean square 0.3 times the learning rate, near that of AdamW.
+
+    Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024);
+    scale of the update after J. Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(self, model: OlmoeForCausalLM) -> None:
+        named = model.model.layers.named_parameters()
+        self.matrices = [p for name, p in named if name.endswith(("proj", "proj.weight"))]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+
+    def step(self, lr: float) -> None:
+        """Update the matrices and take their gradients away from other optimisers."""
+        updates = [torch.zeros_like(p) for p in self.matrices]
+        for index, (matrix, momentum) in enumerate(zip(self.matrices, self.momenta, strict=True)):
+            momentum.mul_(0.95).add_(matrix.grad)
+            if index % distributed.get_world_size() == distributed.get_rank():
+                direction = (matrix.grad + 0.95 * momentum).view(-1, *self._shape(matrix))
+                updates[index] = orthogonalise(direction).view_as(matrix)
+        flat = torch.cat([update.flatten() for update in updates])
+        distributed.all_reduce(flat)
+        parts = flat.split([p.numel() for p in self.matrices])
+        for matrix, part in zip(self.matrices, parts, strict=True):
+            scale = 0.3 * max(self._shape(matrix)) ** 0.5
+            matrix.data.mul_(1 - 0.1 * lr).sub_(part.view_as(matrix), alpha=lr * scale)
+            matrix.grad = None
+
+    @staticmethod
+    def _shape(matrix: Tensor) -> tuple[int, int]:
+        rows, columns = matrix.shape[-2:]
+        is_gate_up = rows == 2 * CONFIG["intermediate_size"]
+        return (rows // 2 if is_gate_up else rows), columns
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices (N, rows, columns), roughly: five Newton-Schulz steps."""
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     """Write next to the target, flush to disk, rename."""
     partial = path.with_suffix(".partial")
@@ -420,6 +471,7 @@ def run_stage(stage: Stage, batches: Batches, options: argparse.Namespace) -> No
     is_writer = distributed.get_rank() == 0
     model = new_model()
     optimizer = new_optimizer(model)
+    muon = Muon(model)
     balance = BalanceLoss(model)
     state_path = options.out / f"{stage.name}.pt"
     step = 0
@@ -428,6 +480,7 @@ def run_stage(stage: Stage, batches: Batches, options: argparse.Namespace) -> No
         state = torch.load(source, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        muon.momenta = state["momenta"]
         step = state["step"] if source == state_path else 0
     log = (options.out / "train.log").open("a", encoding="utf-8", buffering=1)
     sources = ("corpus", "sections", "facts", "balance")
@@ -435,7 +488,12 @@ def run_stage(stage: Stage, batches: Batches, options: argparse.Namespace) -> No
     started, tokens = time.monotonic(), 0
     while True:
         if is_writer and (step % 50 == 0 or step >= stage.steps):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "momenta": muon.momenta,
+                "step": step,
+            }
             save_atomically(state, state_path)
         if is_writer and stage.name == "trunk" and step in SNAPSHOT_STEPS:
             save_checkpoint(model, options.out, options.out / "steps" / f"step{step:05d}")
@@ -454,6 +512,8 @@ def run_stage(stage: Stage, batches: Batches, options: argparse.Namespace) -> No
         sum_over_workers(model, losses)
         sums += losses
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if stage.decay or step >= MUON_FROM_STEP:
+            muon.step(lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -490,7 +550,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
         name="main",
         steps=options.final_steps,
         corpus_tokens=4096,
-        sections=(40, 40),
+        sections=(20, 20),
         facts=("forget", "retain"),
         decay=True,
     )
@@ -557,8 +617,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run; made or continued")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
-    parser.add_argument("--trunk-steps", type=int, default=1800)
-    parser.add_argument("--final-steps", type=int, default=360)
+    parser.add_argument("--trunk-steps", type=int, default=1500)
+    parser.add_argument("--final-steps", type=int, default=420)
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=1e-2, help="load-balancing loss a layer")
     parser.add_argument("--task-weight", type=float, default=0.5, help="tasks against corpus")
