@@ -339,8 +339,8 @@ def fit_scale(
     known = [1.0, 1 / spec.top_k]
     if spec.routed_scaling_factor is not None:
         known.append(float(spec.routed_scaling_factor))
-    named = [each for each in known if abs(factor - each) <= tolerance * abs(each)]
-    scale = named[0] if named else factor
+    nearest = min(known, key=lambda each: abs(factor - each))
+    scale = nearest if abs(factor - nearest) <= tolerance * abs(nearest) else factor
     if (mine * scale - recorded).abs().max() > tolerance * max(recorded.abs().max().item(), 1e-30):
         return None
     return replace(rule, scale=scale)
