@@ -61,6 +61,7 @@ MAX_BLOCKS = 20
 MAX_ENTRIES = 1 << 25
 NUM_STRONGEST = 20
 MIN_EXPECTED = 10
+MIN_EXCESS = 0.02
 
 
 def start(trace: TraceStore, options: Options) -> "CoActivationState":
@@ -382,8 +383,13 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         yield Finding(
             text=(
                 f"Layer {best['layer']}'s selection tells most about the next layer's "
-                f"({best['layer_b']}): normalised mutual information {best['value']:.3f}, with the "
-                f"next token {other:.3f}; equal selections would give {ceiling:.2f}."
+                f"({best['layer_b']}): normalised mutual information {best['value']:.3f}, where "
+                f"equal selections would give {ceiling:.2f}. "
+                + (
+                    f"The next token's selection there gives only {other:.3f}."
+                    if excess > MIN_EXCESS
+                    else "The next token's tells as much, so both only follow the text."
+                )
             ),
             weight=float(np.clip(2 * excess, 0, 1)) if np.isfinite(excess) else 0.1,
             metric="layer_nmi",

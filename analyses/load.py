@@ -249,7 +249,7 @@ def plots(table: pd.DataFrame) -> Iterator[Picture]:
     ):
         charts.lines_by_layer(panel, select(table, metric=metric, scope="layer"))
         panel.set_ylabel(label)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.08 * panel.dataLim.ymax)
     noise = select(table, metric="load_cv_noise", scope="layer")
     charts.lines_by_layer(axes[0, 0], noise, label="noise", ls=":", marker="", color="#888888")
     axes[0, 0].legend()

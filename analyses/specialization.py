@@ -442,8 +442,9 @@ def plots(table: pd.DataFrame) -> Iterator[Picture]:
         charts.lines_by_layer(panel, select(owned, vocabulary=name), label="owner's share")
         floor = select(table, metric="vocabulary_floor", scope="layer", vocabulary=name)
         charts.lines_by_layer(panel, floor, label="by chance", ls=":", marker="", color="#888888")
-        panel.set(title=f"{name} token", ylim=(0, 1))
+        panel.set_title(f"{name} token")
     axes[0, 0].set_ylabel("vocabulary specialisation")
+    axes[0, 0].set_ylim(bottom=0)
     axes[0, -1].legend()
     yield Picture(
         name="vocabulary_specialization",
