@@ -146,7 +146,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     embedding_keys: list[str] = []
     num_stacked: dict[RouterSpec, int] = {}
     try:
-        model = empty_model(config)
+        model = empty_model(config, trust_remote_code=checkpoint.trust_remote_code)
         model_class = type(model).__name__
         shapes = {key: info.shape for key, info in checkpoint.tensors.items()}
         discovery = find_routers(model, shapes)

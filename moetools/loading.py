@@ -31,7 +31,8 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
     ):
         if type(config) in mapping:
-            return mapping[type(config)]
+            model_class: type[PreTrainedModel] = mapping[type(config)]
+            return model_class
     raise ArchitectureError(
         f"transformers has no causal language model for model_type '{config.model_type}'."
     )

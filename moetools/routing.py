@@ -125,7 +125,7 @@ class ScoringRule:
             scores = scores + required(correction_bias, "correction_bias").float().reshape(-1)
         if self.n_group == 1:
             return scores
-        grouped = scores.unflatten(-1, (self.n_group, -1))
+        grouped = scores.view(len(scores), self.n_group, -1)
         if self.group_score == "max":
             of_groups = grouped.amax(dim=-1)
         else:

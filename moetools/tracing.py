@@ -183,7 +183,9 @@ def record(options: TraceOptions) -> TraceRun:
         raise ArchitectureError(f"{options.model} cannot be recorded: {reason}.")
     config = checkpoint.config()
     shapes = {key: info.shape for key, info in checkpoint.tensors.items()}
-    discovery = find_routers(empty_model(config), shapes)
+    discovery = find_routers(
+        empty_model(config, trust_remote_code=options.trust_remote_code), shapes
+    )
     path = checkpoint.local_path()
     tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     text_config = config.get_text_config()
