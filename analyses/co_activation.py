@@ -47,6 +47,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    largest,
     mlp_routers,
     rows,
     select,
@@ -254,7 +255,7 @@ def divergence(counts: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float
     ratio = np.divide(counts, expected, out=np.ones_like(counts), where=present & (expected > 0))
     with np.errstate(divide="ignore", invalid="ignore"):
         result = (counts * np.log(ratio)).sum(axis=(-2, -1)) / counts.sum(axis=(-2, -1))
-    return np.maximum(result, 0.0)
+    return np.asarray(np.maximum(result, 0.0))
 
 
 def deviation(counts: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
@@ -360,7 +361,7 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
     """The strongest pair, and the strongest link between layers."""
     pairs = select(table, metric="pair_npmi", scope="pair")
     if len(pairs):
-        best = pairs.loc[pairs["value"].idxmax()]
+        best = largest(pairs)
         place = {name: best[name] for name in ("layer", "expert", "expert_b")}
         lift = single(table, "pair_lift", "pair", **place)
         share = single(table, "pair_share", "pair", **place)
@@ -375,7 +376,7 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         )
     links = select(table, metric="layer_nmi", scope="layer").dropna(subset="value")
     if len(links):
-        best = links.loc[links["value"].idxmax()]
+        best = largest(links)
         place = {"layer": best["layer"], "layer_b": best["layer_b"]}
         other = single(table, "layer_nmi_next_token", "layer", **place)
         ceiling = single(table, "layer_nmi_ceiling", "layer", **place)

@@ -106,17 +106,19 @@ class EntropyState:
                 batch.tokens[f"experts.{name}"], batch.offsets, cell, self.counts[name]
             )
             if name in self.sums:
-                sums = sequence_sums(
-                    *(batch.sequences[f"{family}.{name}"] for family in FAMILIES), batch.lengths
+                probs, even, odd, mean_entropy = (
+                    batch.sequences[f"{family}.{name}"] for family in FAMILIES
                 )
+                sums = sequence_sums(probs, even, odd, mean_entropy, batch.lengths)
                 np.add.at(self.sums[name], cell, sums)
 
     def merge(self, other: Self) -> None:
         """Add another part."""
         self.cells.merge(other.cells)
-        for mine, theirs in ((self.counts, other.counts), (self.sums, other.sums)):
-            for name in mine:
-                mine[name] += theirs[name]
+        for name in self.counts:
+            self.counts[name] += other.counts[name]
+        for name in self.sums:
+            self.sums[name] += other.sums[name]
 
     def table(self) -> pd.DataFrame:
         """All rows."""
@@ -136,8 +138,8 @@ class EntropyState:
                 for name, value in found.items():
                     values.setdefault(name, []).append(value)
                     layers.setdefault(name, []).append(router.layer)
-            for name, value in values.items():
-                draws = np.stack(value, axis=1)
+            for name, of_layers in values.items():
+                draws = np.stack(of_layers, axis=1)
                 yield layer_rows(name, scope, layers[name], draws, bounds=(0, np.inf))
 
 

@@ -273,7 +273,10 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         return
     num_tokens = int(shares["num_tokens"].iloc[0])
     yield from dead_findings(shares, num_tokens)
-    per_layer = {layer: rows_["value"].to_numpy(float) for layer, rows_ in shares.groupby("layer")}
+    per_layer = {
+        int(layer): select(shares, layer=layer)["value"].to_numpy(float)
+        for layer in shares["layer"].unique()
+    }
     layer, values = max(per_layer.items(), key=lambda item: np.sort(item[1])[-1] * len(item[1]))
     size = max(1, len(values) // 16)
     top = float(np.sort(values)[-size:].sum())

@@ -53,6 +53,7 @@ from moetools.analysis import (
     Options,
     Picture,
     each_trace,
+    largest,
     layer_rows,
     mlp_routers,
     rows,
@@ -313,7 +314,7 @@ def domain_floor(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
     """[E] `domain_specialization` that the spread of the draws [1 + B, G, E] alone would give."""
     noise = frequency[1:].var(axis=0).mean(axis=0)
     mean = frequency[0].mean(axis=0)
-    return np.sqrt(noise) / np.where(mean > MIN_FREQUENCY, mean, np.nan)
+    return np.asarray(np.sqrt(noise) / np.where(mean > MIN_FREQUENCY, mean, np.nan))
 
 
 def information_floor(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -328,7 +329,7 @@ def information_floor(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     share = pooled[0, 0] / pooled[0, 0].sum()
     excess = noise[:, share > 0] @ (0.5 / share[share > 0])
     weight = counts[0].sum(axis=1) / counts[0].sum()
-    return np.maximum(weight @ excess[:-1] - excess[-1], 0.0)
+    return np.asarray(np.maximum(weight @ excess[:-1] - excess[-1], 0.0))
 
 
 def owned_purity(table: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -394,7 +395,7 @@ def correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.fl
     """Pearson correlation of two arrays [N] where both are known."""
     both = Correlation()
     both.add(np.stack([a, b]))
-    return both.matrix()[0, 1]
+    return np.asarray(both.matrix()[0, 1])
 
 
 def transfer_rows(
@@ -524,7 +525,7 @@ def domain_findings(table: pd.DataFrame) -> Iterator[Finding]:
         return
     clear = not value < 1.5 * floor
     layers = select(table, metric="domain_specialization", scope="layer").dropna(subset="value")
-    most = layers.loc[layers["value"].idxmax()]
+    most = largest(layers)
     chance = f" ({floor:.2f} by chance)" if np.isfinite(floor) else ""
     yield Finding(
         text=(
@@ -540,7 +541,7 @@ def domain_findings(table: pd.DataFrame) -> Iterator[Finding]:
     sure = own.loc[own["value"].to_numpy() > 3 * noise["value"].to_numpy(), ["layer", "expert"]]
     lift = select(table, metric="group_lift", scope="expert").merge(sure, on=["layer", "expert"])
     if len(lift):
-        best = lift.loc[lift["value"].idxmax()]
+        best = largest(lift)
         yield Finding(
             text=(
                 f"The clearest preference: expert {best['expert']} of layer {best['layer']} takes "

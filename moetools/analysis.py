@@ -193,6 +193,11 @@ def single(table: pd.DataFrame, metric: str, scope: str = "model", **wanted: Any
     return float(values.iloc[0]) if len(values) == 1 else np.nan
 
 
+def largest(table: pd.DataFrame) -> pd.Series:
+    """The row with the largest value; NaN is none."""
+    return table.iloc[int(table["value"].fillna(-np.inf).to_numpy().argmax())]
+
+
 def each_trace(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """What to add to the name of a trace's own picture, and the trace's rows."""
     traces = list(dict.fromkeys(table["trace"]))

@@ -6,14 +6,15 @@ S sequences, K selected per token, E routed experts.
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from moetools.compiling import compiled
 
 Array = NDArray[Any]
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@compiled
 def count_selections(
     ids: Array, offsets: NDArray[np.int64], rows: NDArray[np.int64], counts: NDArray[np.int64]
 ) -> None:
@@ -34,7 +35,7 @@ def count_selections(
                     row[ids[t, i]] += 1
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@compiled
 def sum_weights(
     ids: Array,
     weights: NDArray[np.float32],
@@ -52,7 +53,7 @@ def sum_weights(
                     row[ids[t, i]] += weights[t, i]
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@compiled
 def count_pairs(
     ids: Array, offsets: NDArray[np.int64], rows: NDArray[np.int64], pairs: NDArray[np.uint32]
 ) -> None:
@@ -78,7 +79,7 @@ def count_pairs(
                         table[min(a, b), max(a, b)] += 1
 
 
-@numba.njit(cache=True)  # type: ignore[misc]
+@compiled
 def count_joint(
     ids: Array,
     ids_b: Array,

@@ -24,7 +24,7 @@ def entropy(counts: NDArray[Any]) -> NDArray[np.float64]:
     total = counts.sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         result = np.log(total) - _x_log_x(counts).sum(axis=-1) / total
-    return np.maximum(result, 0.0)
+    return np.asarray(np.maximum(result, 0.0))
 
 
 def mutual_information(joint: NDArray[Any]) -> NDArray[np.float64]:
@@ -42,7 +42,7 @@ def mutual_information(joint: NDArray[Any]) -> NDArray[np.float64]:
     margins = _x_log_x(joint.sum(axis=-1)).sum(-1) + _x_log_x(joint.sum(axis=-2)).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         result = np.log(total) + (own - margins) / total
-    return np.maximum(result, 0.0)
+    return np.asarray(np.maximum(result, 0.0))
 
 
 def normalised_mutual_information(joint: NDArray[Any]) -> NDArray[np.float64]:
@@ -70,7 +70,7 @@ def gini(counts: NDArray[Any]) -> NDArray[np.float64]:
     size = ordered.shape[-1]
     rank = 2 * np.arange(1, size + 1) - size - 1
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (ordered @ rank) / (size * ordered.sum(axis=-1))
+        return np.asarray((ordered @ rank) / (size * ordered.sum(axis=-1)))
 
 
 def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:

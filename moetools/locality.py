@@ -9,14 +9,14 @@ Shapes: T tokens, S sequences, E experts, K selected per token, m tokens per win
 Source: Liang et al., arXiv:2505.16056. Chance levels and the stack algorithm are ours.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import lgamma
 from typing import Any, Self
 
-import numba
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from moetools.compiling import compiled
 
 POLICIES = ("lru", "lfu", "belady", "sch")
 """Replacement policies by the experts they keep: the most recently used, the most often used so
@@ -28,14 +28,6 @@ _DEMANDED = 1 << 62
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba; the machine code is kept on disk where some folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +101,7 @@ def pool(parts: list[Selections]) -> Selections:
     return Selections.of(np.concatenate(shifted, axis=1), parts[0].offsets, num_experts)
 
 
-@_compiled
+@compiled
 def _first_repeat(ids, num_experts):  # type: ignore[no-untyped-def]
     last_token = np.full(num_experts, -1, np.int64)
     for t in range(ids.shape[0]):
@@ -164,7 +156,7 @@ def window_counts(
     return WindowCounts(experts=experts, sequences=sequences)
 
 
-@_compiled
+@compiled
 def _count_windows(ids, offsets, groups, window, experts, sequences):  # type: ignore[no-untyped-def]
     num_experts = experts.shape[1]
     top_k = ids.shape[1]
@@ -210,7 +202,7 @@ def window_ranks(selections: Selections, window: int) -> Counts:
     return ranks
 
 
-@_compiled
+@compiled
 def _rank_windows(ids, offsets, window, ranks):  # type: ignore[no-untyped-def]
     num_experts = ranks.shape[1]
     top_k = ids.shape[1]
@@ -381,7 +373,7 @@ def cache_hits(
     return CacheHits(sequences=sequences, experts=experts)
 
 
-@_compiled
+@compiled
 def _stack_pass(ids, offsets, policy, window, strict, sequences, experts):  # type: ignore[no-untyped-def]
     num_experts = experts.shape[0]
     top_k = ids.shape[1]
@@ -489,7 +481,7 @@ def cold_fills(selections: Selections) -> CacheHits:
     return CacheHits(sequences=sequences, experts=experts)
 
 
-@_compiled
+@compiled
 def _fill(ids, offsets, sequences, experts):  # type: ignore[no-untyped-def]
     num_experts = experts.shape[0]
     last_sequence = np.full(num_experts, -1, np.int64)

@@ -77,7 +77,8 @@ class PairCounts:
 
     def _sampled(self, token_id: NDArray[np.int64]) -> NDArray[np.bool_]:
         mixed = token_id.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return (mixed >> np.uint64(32)) % np.uint64(self.sample) == 0
+        sampled: NDArray[np.bool_] = (mixed >> np.uint64(32)) % np.uint64(self.sample) == 0
+        return sampled
 
     def _wait(self, keys: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         self._waiting.append((keys, counts))

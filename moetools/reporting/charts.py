@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moetools.reporting import style
@@ -29,7 +30,7 @@ def lines_by_layer(axes: Axes, rows: pd.DataFrame, *, label: str = "", **options
         low, high = line["low"].to_numpy(float), line["high"].to_numpy(float)
         axes.fill_between(x, low, high, color=drawn["color"], alpha=0.2, lw=0)
     axes.set_xlabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def matrix(

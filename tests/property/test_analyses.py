@@ -16,9 +16,11 @@ from moetools.information import entropy, gini, mutual_information, normalised_m
 from moetools.intervals import basic_interval
 from moetools.token_counts import PairCounts
 
+untimed = settings(deadline=None)
 COUNTS = arrays(np.int64, st.integers(2, 12), elements=st.integers(0, 50))
 
 
+@untimed
 @given(COUNTS.filter(lambda counts: counts.sum() > 0), st.integers(1, 9))
 def test_unevenness_lies_between_even_and_one_hot(counts, factor):
     size = len(counts)
@@ -34,6 +36,7 @@ def test_unevenness_lies_between_even_and_one_hot(counts, factor):
     assert np.exp(entropy(one_hot)) == pytest.approx(1)
 
 
+@untimed
 @given(
     arrays(np.int64, st.tuples(st.integers(2, 6), st.integers(2, 6)), elements=st.integers(0, 9))
 )
@@ -49,6 +52,7 @@ def test_information_is_symmetric_and_bounded(joint):
     assert np.isnan(normalised) or 0 <= normalised <= 1 + 1e-9
 
 
+@untimed
 @given(
     st.lists(st.tuples(st.integers(-1, 30), st.integers(0, 4)), max_size=120),
     st.integers(4, 40),
@@ -70,6 +74,7 @@ def test_pair_counts_do_not_depend_on_the_cutting(pairs, max_pairs, pieces):
         assert whole.table()[1].sum() == sum(i >= 0 and e < 4 for i, e in pairs)
 
 
+@untimed
 @given(arrays(np.float64, (40, 3), elements=st.floats(-1e6, 1e6)), st.floats(-1e6, 1e6))
 def test_intervals_are_ordered_and_move_with_the_data(replicates, shift):
     value = replicates.mean(axis=0)
