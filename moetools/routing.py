@@ -5,7 +5,8 @@ T tokens, E classes of a router, K selected per token, G groups.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -47,6 +48,7 @@ class ScoringRule:
         in_logits_dtype: Scores are computed in the dtype of the logits instead of float32.
         num_tokens: Tokens on which the rule was found.
         num_ties: Tokens among them whose selection differs only by a tie within rounding.
+        num_exact: Tokens among them whose selection and weights it equals bit for bit.
     """
 
     top_k: int
@@ -65,6 +67,7 @@ class ScoringRule:
     in_logits_dtype: bool = False
     num_tokens: int = field(default=0, compare=False)
     num_ties: int = field(default=0, compare=False)
+    num_exact: int = field(default=0, compare=False)
 
     def select(
         self,
@@ -219,12 +222,27 @@ def identify_rule(
     correction_bias: Tensor | None = None,
     expert_scale: Tensor | None = None,
 ) -> ScoringRule | None:
-    """The rule that reproduces what a model selected and how it weighted it.
+    """The first of `fitting_rules`, or None when none fits."""
+    rules = fitting_rules(
+        router_logits, top_k_index, top_k_weights, spec, correction_bias, expert_scale
+    )
+    return rules[0] if rules else None
+
+
+def fitting_rules(
+    router_logits: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    spec: RouterSpec,
+    correction_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+) -> tuple[ScoringRule, ...]:
+    """The rules that reproduce what a model selected and how it weighted it, best first.
 
     Selections must agree on every token, except where the scores at the border are equal within
     rounding; weights must agree within rounding. Several rules can fit (a softmax over all that is
-    normalised equals a softmax over the selected): the one that equals more weights bit for bit
-    wins, then the simpler one.
+    normalised equals a softmax over the selected): the one that equals more tokens bit for bit
+    comes first, then the likelier one.
 
     Args:
         router_logits: [T, E] of one batch, in the dtype of the model.
@@ -233,31 +251,54 @@ def identify_rule(
         spec: Where the numbers of groups and scaling factors to try come from.
         correction_bias: [E] of this router.
         expert_scale: [E] of this router.
-
-    Returns:
-        The rule, or None when none fits.
     """
     logits = router_logits[:FITTED_TOKENS].detach().cpu()
     index = top_k_index[:FITTED_TOKENS].detach().cpu()
     weights = top_k_weights[:FITTED_TOKENS].detach().cpu()
     if not len(logits) or not logits.isfinite().all() or not weights.isfinite().all():
-        return None
+        return ()
     bias = None if correction_bias is None else correction_bias.detach().cpu()
     scale = None if expert_scale is None else expert_scale.detach().cpu()
-    best: tuple[float, ScoringRule] | None = None
+    fits = []
     for selecting in selection_rules(spec, bias is not None, logits.dtype):
-        ties = count_ties(selecting, logits, index, bias)
-        if ties is None:
+        tied = tied_tokens(selecting, logits, index, bias)
+        if tied is None:
             continue
         for weighting in weighting_rules(selecting, scale is not None):
             rule = fit_scale(weighting, logits, index, weights, scale, spec)
-            if rule is None:
-                continue
-            equal = rule.weights(logits, index, scale).to(weights.dtype) == weights
-            exact = equal.float().mean().item()
-            if best is None or exact > best[0]:
-                best = exact, replace(rule, num_tokens=len(index), num_ties=ties)
-    return best[1] if best else None
+            if rule is not None:
+                equal = rule.weights(logits, index, scale).to(weights.dtype) == weights
+                rule = replace(
+                    rule,
+                    num_tokens=len(index),
+                    num_ties=int(tied.sum()),
+                    num_exact=int((equal.all(dim=-1) & ~tied).sum()),
+                )
+                fits.append(rule)
+    return tuple(sorted(fits, key=lambda rule: -rule.num_exact))
+
+
+def common_rules(
+    fits: Mapping[str, Sequence[ScoringRule]],
+) -> dict[str, ScoringRule | None]:
+    """One rule for each router, the same one wherever it fits.
+
+    In a low precision two rules can equal the same tokens of one router by chance; the routers of
+    a model together tell them apart.
+
+    Args:
+        fits: Router -> `fitting_rules`.
+    """
+    num_routers: Counter[ScoringRule] = Counter()
+    num_exact: Counter[ScoringRule] = Counter()
+    for rules in fits.values():
+        for rule in rules:
+            num_routers[rule] += 1
+            num_exact[rule] += rule.num_exact
+    return {
+        name: max(rules, key=lambda rule: (num_routers[rule], num_exact[rule]), default=None)
+        for name, rules in fits.items()
+    }
 
 
 def selection_rules(spec: RouterSpec, has_bias: bool, dtype: torch.dtype) -> Iterator[ScoringRule]:
@@ -302,8 +343,10 @@ def weighting_rules(rule: ScoringRule, has_expert_scale: bool) -> Iterator[Scori
         yield replace(rule, uses_expert_scale=scaled, **norm)
 
 
-def count_ties(rule: ScoringRule, logits: Tensor, index: Tensor, bias: Tensor | None) -> int | None:
-    """Tokens whose selection differs by a tie within rounding; None when others differ too."""
+def tied_tokens(
+    rule: ScoringRule, logits: Tensor, index: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """Tokens [T] whose selection differs by a tie within rounding; None when others differ too."""
     scores = rule.selection_scores(logits, bias)
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
     if (chosen.sum(dim=-1) != index.shape[-1]).any():
@@ -311,14 +354,10 @@ def count_ties(rule: ScoringRule, logits: Tensor, index: Tensor, bias: Tensor | 
     lowest_chosen = scores.masked_fill(~chosen, math.inf).amin(dim=-1)
     best_other = scores.masked_fill(chosen, -math.inf).amax(dim=-1)
     differs = best_other > lowest_chosen
-    if not differs.any():
-        return 0
-    tolerance = rounding(logits.dtype) * scores[differs].abs().masked_fill(
-        scores[differs].isinf(), 0
-    ).amax(dim=-1)
-    if (best_other[differs] - lowest_chosen[differs] > tolerance).any():
+    largest = scores.masked_fill(scores.isinf(), 0).abs().amax(dim=-1)
+    if (best_other - lowest_chosen > rounding(logits.dtype) * largest)[differs].any():
         return None
-    return int(differs.sum())
+    return differs
 
 
 def fit_scale(

@@ -43,7 +43,7 @@ from moetools.errors import ArchitectureError, MachineError, RequestError, Routi
 from moetools.files import check_output, output_folder
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
 from moetools.loading import empty_model, load_model
-from moetools.routing import ScoringRule, identify_rule
+from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts
 from moetools.trace_store import (
     MANIFEST,
@@ -606,9 +606,13 @@ class _Run:
 
     def _start_writing(self, routings: Mapping[str, Routing]) -> None:
         """Find the scoring rules on the first batch; the columns depend on them."""
-        rules = {name: self._scorers[name].identify(each) for name, each in routings.items()}
+        rules = common_rules(
+            {name: self._scorers[name].fitting_rules(each) for name, each in routings.items()}
+        )
+        for name, rule in rules.items():
+            self._scorers[name].rule = rule
         routers = tuple(
-            replace(each, rule=None if (rule := rules[each.name]) is None else rule.to_json())
+            replace(each, rule=None if (found := rules[each.name]) is None else found.to_json())
             for each in self._manifest.routers
         )
         self._manifest = replace(self._manifest, routers=routers)
@@ -701,26 +705,26 @@ class _Scorer:
 
     def __init__(self, model: Any, spec: RouterSpec) -> None:
         self._spec = spec
-        self._rule: ScoringRule | None = None
+        self.rule: ScoringRule | None = None
         self._bias = _tensor(model, spec.correction_bias_name)
         self._expert_scale = _tensor(model, spec.expert_scale_name)
 
     def restore(self, rule: dict[str, Any] | None) -> None:
         """Use the rule that an earlier run found."""
-        self._rule = None if rule is None else ScoringRule.from_json(rule)
+        self.rule = None if rule is None else ScoringRule.from_json(rule)
 
-    def identify(self, routing: Routing) -> ScoringRule | None:
-        """Find the rule on a batch."""
-        if routing.router_logits is not None:
-            self._rule = identify_rule(
-                routing.router_logits,
-                routing.top_k_index,
-                routing.top_k_weights,
-                self._spec,
-                self._bias,
-                self._expert_scale,
-            )
-        return self._rule
+    def fitting_rules(self, routing: Routing) -> tuple[ScoringRule, ...]:
+        """Rules that reproduce a batch."""
+        if routing.router_logits is None:
+            return ()
+        return fitting_rules(
+            routing.router_logits,
+            routing.top_k_index,
+            routing.top_k_weights,
+            self._spec,
+            self._bias,
+            self._expert_scale,
+        )
 
     def results(
         self, routing: Routing, lengths: Sequence[int], kept: Tensor | None, keep: Sequence[str]
@@ -737,8 +741,8 @@ class _Scorer:
         index = routing.top_k_index.gather(-1, order)
         ids = index.to(torch.uint8 if self._spec.num_experts < 256 else torch.int16)
         found = {"experts": ids, "weights": weights.half()}
-        if self._rule is not None and routing.router_logits is not None:
-            found |= self._scores(self._rule, routing.router_logits, lengths)
+        if self.rule is not None and routing.router_logits is not None:
+            found |= self._scores(self.rule, routing.router_logits, lengths)
         norms = routing.expert_norms
         sampled = {
             "logits": routing.router_logits,

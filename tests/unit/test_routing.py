@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moetools.architectures import RouterSpec
-from moetools.routing import ScoringRule, identify_rule
+from moetools.routing import ScoringRule, common_rules, identify_rule
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
 
@@ -251,6 +251,20 @@ def test_ties_within_rounding_are_counted() -> None:
     found = identify_rule(logits, index, logits.softmax(-1).gather(1, index), spec(num_experts=4))
     assert found is not None
     assert found.num_ties == 1
+
+
+def test_routers_of_a_model_share_the_rule_that_fits_them_together() -> None:
+    """In a low precision, chance alone tells two equal rules apart on a single router."""
+    normalised = ScoringRule(top_k=2, score_function="softmax", normalize_p=1.0, num_exact=64)
+    selected = ScoringRule(top_k=2, score_function="top_k_softmax", num_exact=64)
+    other = ScoringRule(top_k=2, score_function="sigmoid", num_exact=64)
+    fits = {
+        "00": (normalised, selected),
+        "01": (selected, replace(normalised, num_exact=63)),
+        "02": (other,),
+        "03": (),
+    }
+    assert common_rules(fits) == {"00": selected, "01": selected, "02": other, "03": None}
 
 
 def test_no_rule_fits_a_selection_that_logits_do_not_make() -> None:
