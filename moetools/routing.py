@@ -20,6 +20,9 @@ ScoreFunction = Literal["softmax", "top_k_softmax", "sigmoid", "sqrt_softplus", 
 FITTED_TOKENS = 4096
 """Rows of the first batch that a rule is tried on."""
 
+SCREENED_TOKENS = 64
+"""Rows that rule out most rules at once."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoringRule:
@@ -261,6 +264,8 @@ def fitting_rules(
     scale = None if expert_scale is None else expert_scale.detach().cpu()
     fits = []
     for selecting in selection_rules(spec, bias is not None, logits.dtype):
+        if tied_tokens(selecting, logits[:SCREENED_TOKENS], index[:SCREENED_TOKENS], bias) is None:
+            continue
         tied = tied_tokens(selecting, logits, index, bias)
         if tied is None:
             continue

@@ -30,7 +30,7 @@ from moetools.architectures import (
 )
 from moetools.hooks import RouterRecorder, Routing
 from moetools.loading import empty_model, load_model
-from moetools.routing import identify_rule
+from moetools.routing import common_rules, fitting_rules, identify_rule
 
 MODEL_TYPES = tiny_models.moe_model_types()
 
@@ -357,6 +357,28 @@ def test_loaded_checkpoint_routes_as_the_saved_model(model_type: str, checkpoint
     routings = record(loaded, each.discovery.routers)[1]
     for name, routing in each.routings.items():
         assert torch.equal(routings[name].top_k_index, routing.top_k_index)
+
+
+@pytest.mark.parametrize("model_type", BY_NAME)
+def test_one_rule_fits_all_routers_in_bfloat16(model_type: str, checkpoints: Path) -> None:
+    each = family(model_type, checkpoints)
+    model = load_model(each.path, dtype=torch.bfloat16, device="cpu")
+    routings = record(model, each.discovery.routers)[1]
+    fits = {}
+    for spec in each.discovery.routers:
+        routing = routings[spec.name]
+        assert routing.router_logits is not None
+        fits[spec.name] = fitting_rules(
+            routing.router_logits,
+            routing.top_k_index,
+            routing.top_k_weights,
+            spec,
+            get_tensor(model, spec.correction_bias_name),
+            get_tensor(model, spec.expert_scale_name),
+        )
+    rules = set(common_rules(fits).values())
+    assert len(rules) == 1
+    assert None not in rules
 
 
 def test_named_families_are_recorded() -> None:
