@@ -154,12 +154,18 @@ def _ignored(inspection: "Inspection") -> str:
 
 
 def _experts(inspection: "Inspection") -> "Table":
+    """Tensors below their common beginning, which ends at the number of the expert."""
     table = _pairs()
+    shown = ""
     for experts in inspection.experts:
-        table.add_row(
-            experts.layout,
-            f"{experts.pattern}  {experts.dtype} {list(experts.shape)} x {experts.num_tensors:,}",
-        )
+        beginning, marker, rest = experts.pattern.rpartition("{expert}.")
+        if not marker:
+            beginning, marker, rest = experts.pattern.rpartition("experts.")
+        if beginning + marker != shown:
+            shown = beginning + marker
+            table.add_row(experts.layout, shown)
+        shape = f"{experts.dtype} {list(experts.shape)} x {experts.num_tensors:,}"
+        table.add_row("", f"  {rest}  {shape}")
     return table
 
 
@@ -167,14 +173,18 @@ def _parameters(parameters: "Parameters") -> "Table":
     table = _pairs()
     without = parameters.active - parameters.embeddings
     table.add_row("total", _count(parameters.total))
+    if parameters.multi_token:
+        built = parameters.total - parameters.multi_token
+        table.add_row("  of the model", _count(built))
+        table.add_row(
+            "  multi-token", f"{_count(parameters.multi_token)}, predict ahead, not built"
+        )
     table.add_row(
         "active per token",
         f"{_count(parameters.active)}, {_short(without)} without embeddings",
     )
     table.add_row("routed experts", _count(parameters.routed_experts))
     table.add_row("routers", _count(parameters.routers))
-    if parameters.multi_token:
-        table.add_row("multi-token prediction", f"{_count(parameters.multi_token)}, not built")
     if parameters.other_modalities:
         table.add_row("vision, audio", f"{_count(parameters.other_modalities)}, not active in text")
     return table
