@@ -1,6 +1,7 @@
 """Record what the routers of a model select during a forward pass."""
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,7 +86,8 @@ class RouterRecorder:
         allow_nan: Record NaN instead of raising.
 
     Raises:
-        ArchitectureError: The model is compiled, or a module of a spec is missing.
+        ArchitectureError: The model is compiled, a module of a spec is missing, or norms are
+            asked of a family that cannot give them.
         ValueError: An unknown name in `keep`.
     """
 
@@ -100,6 +102,12 @@ class RouterRecorder:
         if keep - KEEPS:
             raise ValueError(f"keep: {sorted(keep - KEEPS)} not in {sorted(KEEPS)}")
         refuse_compiled(model)
+        sorting = [spec.name for spec in routers if spec.tap != "experts"]
+        if "norms" in keep and sorting:
+            raise ArchitectureError(
+                f"Router {sorting[0]}: this family hands tokens on sorted by expert; the norms of "
+                "the experts' outputs cannot be recorded."
+            )
         self.routers = tuple(routers)
         self._model = model
         self._keep = keep
@@ -191,44 +199,40 @@ class RouterRecorder:
 
     def _check(self, routings: dict[str, Routing]) -> None:
         """Expert numbers in range and no NaN, with one wait for the device."""
-        specs = {spec.name: spec for spec in self.routers}
-        filled = {name: each for name, each in routings.items() if each.top_k_index.numel()}
+        filled = [name for name, each in routings.items() if each.top_k_index.numel()]
         if not filled:
             return
-        bounds = torch.stack(
-            [torch.stack(each.top_k_index.aminmax()).cpu() for each in filled.values()]
-        )
-        for name, (low, high) in zip(filled, bounds.tolist(), strict=True):
-            if low < 0 or high >= specs[name].num_experts:
+        device = routings[filled[0]].top_k_index.device
+        summaries = torch.stack([_summary(routings[name]).to(device) for name in filled]).tolist()
+        num_experts = {spec.name: spec.num_experts for spec in self.routers}
+        for name, (low, high, total) in zip(filled, summaries, strict=True):
+            if low < 0 or high >= num_experts[name]:
                 raise RoutingError(
-                    f"Router {name} selected expert {low if low < 0 else high}, but it has "
-                    f"{specs[name].num_experts} classes."
+                    f"Router {name} selected expert {low if low < 0 else high:.0f}, but it has "
+                    f"{num_experts[name]} classes."
                 )
-        if self._allow_nan:
-            return
-        sums = torch.stack([_total(each) for each in filled.values()])
-        for name in [
-            name
-            for name, finite in zip(filled, sums.isfinite().tolist(), strict=True)
-            if not finite
-        ]:
-            bad = filled[name].top_k_weights.isnan().any(dim=-1)
-            logits = filled[name].router_logits
-            if logits is not None:
-                bad |= logits.isnan().any(dim=-1)
-            if bad.any():
-                rows = bad.nonzero()[:, 0]
-                if self._rows is not None:
-                    rows = self._rows.to(rows.device)[rows]
-                raise NaNRoutingError(name, rows)
+            if not self._allow_nan and not math.isfinite(total):
+                self._raise_for_nan(name, routings[name])
+
+    def _raise_for_nan(self, name: str, routing: Routing) -> None:
+        """Raise if there is a NaN, not for logits of minus infinity or sums that overflow."""
+        bad = routing.top_k_weights.isnan().any(dim=-1)
+        if routing.router_logits is not None:
+            bad |= routing.router_logits.isnan().any(dim=-1)
+        rows = bad.nonzero()[:, 0]
+        if len(rows):
+            raise NaNRoutingError(
+                name, rows if self._rows is None else self._rows.to(rows.device)[rows]
+            )
 
 
-def _total(routing: Routing) -> Tensor:
-    """A number that is not finite when a weight or a logit is NaN."""
+def _summary(routing: Routing) -> Tensor:
+    """Lowest and highest expert number, and a sum that is not finite where there is a NaN."""
+    low, high = routing.top_k_index.aminmax()
     total = routing.top_k_weights.sum(dtype=torch.float32)
     if routing.router_logits is not None:
         total = total + routing.router_logits.sum(dtype=torch.float32)
-    return total.cpu()
+    return torch.stack([low.float(), high.float(), total])
 
 
 class _Recording:
@@ -262,11 +266,6 @@ class _Recording:
                 experts.register_forward_pre_hook(self._experts_called, with_kwargs=True)
             )
         if "norms" in self._keep:
-            if self.spec.tap != "experts":
-                raise ArchitectureError(
-                    f"Router {self.spec.name}: this family sorts tokens by expert before it calls "
-                    "the experts; norms of their outputs cannot be recorded."
-                )
             handles.append(experts.register_forward_hook(self._keep_norms, with_kwargs=True))
         return handles
 
