@@ -122,11 +122,17 @@ def output_folder(
 
 
 def check_output(
-    out: Path, *, kind: str, overwrite: bool = False, resume: bool = False, resumable: bool = False
+    out: Path,
+    *,
+    kind: str,
+    overwrite: bool = False,
+    resume: bool = False,
+    resumable: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Raise what `output_folder` would raise, before work that takes time; arguments as there."""
     out = Path(os.path.abspath(out))
-    _refuse_dangerous(out, ())
+    _refuse_dangerous(out, inputs)
     _may_use(out, kind=kind, overwrite=overwrite, resume=resume, resumable=resumable)
 
 

@@ -55,7 +55,6 @@ class TextData:
         groups: Sorted names.
         reference_group: The group that the others are compared with.
         num_dropped: Texts that were dropped because their id is in one group only.
-        paths: Local files and folders that were read.
         stopped: Hub data sets that hold more than was read.
     """
 
@@ -63,7 +62,6 @@ class TextData:
     groups: tuple[str, ...]
     reference_group: str | None
     num_dropped: int = 0
-    paths: tuple[Path, ...] = ()
     stopped: tuple[str, ...] = ()
 
 
@@ -104,10 +102,9 @@ def read_texts(
         RequestError: Options that contradict each other.
     """
     texts: list[Text] = []
-    paths: list[Path] = []
     stopped: list[str] = []
     for item in data:
-        group, source = _split_group(item)
+        group, source = split_group(item)
         columns = Columns(text_column=text_column, group_column=group_column, id_column=id_column)
         if source == "demo":
             columns = replace(
@@ -118,7 +115,6 @@ def read_texts(
             rows = _read_parquet(DEMO, "demo")
         elif Path(source).expanduser().exists():
             path = Path(source).expanduser()
-            paths.append(path)
             rows = _read_path(path)
         elif (match := HUB_DATASET.fullmatch(source)) and not source.startswith((".", "~")):
             rows = _read_hub(source, match["repo"], match["config"], match["split"])
@@ -149,12 +145,11 @@ def read_texts(
         groups=groups,
         reference_group=_reference(groups, reference_group),
         num_dropped=len(texts) - len(kept),
-        paths=tuple(paths),
         stopped=tuple(stopped),
     )
 
 
-def _split_group(item: str) -> tuple[str | None, str]:
+def split_group(item: str) -> tuple[str | None, str]:
     """`GROUP=DATA` as two; a file whose own name has an equals sign stays whole."""
     group, separator, source = item.partition("=")
     if not separator or Path(item).expanduser().exists():

@@ -309,6 +309,26 @@ class TraceBatch:
         return np.diff(self.offsets)
 
 
+def read_manifest(path: Path) -> TraceManifest:
+    """The manifest of a trace folder, complete or not.
+
+    Raises:
+        TraceError: Not a trace, of another format version, or damaged.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise TraceError(
+            f"{path} is not a trace: it has no {MANIFEST}. Record one with: moetools trace."
+        )
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TraceError(f"{file} cannot be read: {error}. Record the trace again.") from None
+    if not isinstance(document, dict):
+        raise TraceError(f"{file} is not the manifest of a moetools trace.")
+    return TraceManifest.from_json(document, where=file)
+
+
 class TraceStore:
     """A trace opened for reading.
 
@@ -323,18 +343,7 @@ class TraceStore:
     def __init__(self, path: Path, *, partial: bool = False, name: str | None = None) -> None:
         self.path = Path(path)
         self.name = name or self.path.resolve().name
-        file = self.path / MANIFEST
-        if not file.is_file():
-            raise TraceError(
-                f"{path} is not a trace: it has no {MANIFEST}. Record one with: moetools trace."
-            )
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TraceError(f"{file} cannot be read: {error}. Record the trace again.") from None
-        if not isinstance(document, dict):
-            raise TraceError(f"{file} is not the manifest of a moetools trace.")
-        self.manifest = TraceManifest.from_json(document, where=file)
+        self.manifest = read_manifest(self.path)
         if not self.manifest.complete and not partial:
             raise TraceError(
                 f"{path} is incomplete. Finish it by running the same trace command with "

@@ -44,7 +44,7 @@ from moetools.files import check_output, output_folder
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
 from moetools.loading import empty_model, load_model
 from moetools.routing import ScoringRule, common_rules, fitting_rules
-from moetools.texts import HUB_TOKENS, TextData, read_texts
+from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
 from moetools.trace_store import (
     MANIFEST,
     TracedRouter,
@@ -52,6 +52,7 @@ from moetools.trace_store import (
     TraceStore,
     TraceWriter,
     fixed_size_list,
+    read_manifest,
     row_bytes,
     rows_per_group,
     sequence_schema,
@@ -169,13 +170,14 @@ def record(options: TraceOptions) -> TraceRun:
             can be resumed.
     """
     options = _checked(options)
-    check_output(
-        options.out,
-        kind="trace",
-        overwrite=options.overwrite,
-        resume=options.resume,
-        resumable=True,
-    )
+    claim: dict[str, Any] = {
+        "kind": "trace",
+        "overwrite": options.overwrite,
+        "resume": options.resume,
+        "resumable": True,
+        "inputs": _local_inputs(options),
+    }
+    check_output(options.out, **claim)
     device = _device(options.device)
     checkpoint = Checkpoint.open(options.model, trust_remote_code=options.trust_remote_code)
     reason = refusal(checkpoint.config_dict, trust_remote_code=options.trust_remote_code)
@@ -224,15 +226,7 @@ def record(options: TraceOptions) -> TraceRun:
     )
     if options.part_tokens is None:
         manifest.plan["part_tokens"] = min(PART_TOKENS[device.type], _part_limit(manifest))
-    inputs = [*data.paths, *([] if checkpoint.path is None else [checkpoint.path])]
-    with output_folder(
-        options.out,
-        kind="trace",
-        overwrite=options.overwrite,
-        resume=options.resume,
-        resumable=True,
-        inputs=inputs,
-    ) as folder:
+    with output_folder(options.out, **claim) as folder:
         if folder.resumed and (folder.path / MANIFEST).exists():
             manifest = _continued(folder.path, manifest)
         run = _Run(
@@ -289,6 +283,12 @@ def _checked(options: TraceOptions) -> TraceOptions:
             "--pack joins texts, so --id-column cannot align them. Drop one of both."
         )
     return replace(options, keep=tuple(name for name in KEEPS if name in options.keep))
+
+
+def _local_inputs(options: TraceOptions) -> list[Path]:
+    """Files and folders that the run reads."""
+    named = [options.model, *(split_group(item)[1] for item in options.data)]
+    return [path for name in named if (path := Path(name).expanduser()).exists()]
 
 
 def _device(name: str) -> torch.device:
@@ -447,7 +447,7 @@ def _continued(path: Path, manifest: TraceManifest) -> TraceManifest:
     Raises:
         TraceError: Something that decides what is recorded differs.
     """
-    started = TraceStore(path, partial=True).manifest
+    started = read_manifest(path)
     rules = {router.name: router.rule for router in started.routers}
     routers = tuple(replace(each, rule=rules.get(each.name)) for each in manifest.routers)
     manifest = replace(manifest, routers=routers)

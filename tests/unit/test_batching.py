@@ -20,7 +20,9 @@ from moetools.texts import Text
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_byte_tokenizer(folder, chat_template="{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    save_byte_tokenizer(
+        folder, chat_template="{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    )
     return load_tokenizer(folder)
 
 
@@ -101,7 +103,9 @@ def test_a_plan_visits_every_sequence_once(lengths, batch_tokens, part_tokens):
 
 def test_the_fingerprint_covers_tokens_borders_groups_and_ids():
     def of(*tokens, **fields):
-        return fingerprint([TokenSequence(token_ids=np.array(t, np.int32), **fields) for t in tokens])
+        return fingerprint(
+            [TokenSequence(token_ids=np.array(t, np.int32), **fields) for t in tokens]
+        )
 
     assert of([1, 2], [3]) == of([1, 2], [3])
     others = {of([1, 2, 3]), of([1], [2, 3]), of([1, 2], [4]), of([1, 2], [3], group="x")}

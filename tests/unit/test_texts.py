@@ -62,7 +62,6 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     data = read_texts([f"{g}={tmp_path / g}" for g in ("fr", "en")], id_column="file")
     assert [text.text for text in data.texts] == ["fr a", "fr b", "en a", "en b"]
     assert [text.id for text in data.texts] == ["a.txt", "b.txt", "a.txt", "b.txt"]
-    assert data.paths == (tmp_path / "fr", tmp_path / "en")
 
 
 def test_a_file_name_with_an_equals_sign_is_no_group(tmp_path):
@@ -93,9 +92,7 @@ def test_ids_in_one_group_only_are_dropped_and_counted(tmp_path):
         {"id": 2, "lang": "de", "text": "c"},
         {"id": 3, "lang": "fr", "text": "d"},
     ]
-    data = read_texts(
-        [str(write(tmp_path, ".jsonl", rows))], group_column="lang", id_column="id"
-    )
+    data = read_texts([str(write(tmp_path, ".jsonl", rows))], group_column="lang", id_column="id")
     assert [text.text for text in data.texts] == ["a", "b"]
     assert data.num_dropped == 2
     assert data.groups == ("de", "en"), "a group without texts is no group"
