@@ -5,6 +5,7 @@ offline work (`HF_HUB_OFFLINE=1`) needs no second code path; headers of shards t
 downloaded are kept in the hub's assets cache, by commit.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ class HubRepository:
         Raises:
             CheckpointError: No such repository or revision, no access, or offline and not cached.
         """
+        # What it would log about retries is raised as one clear error in the end.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         self.repo_id = repo_id
         self.name = f"{repo_id}@{revision}" if revision else repo_id
         try:

@@ -203,10 +203,11 @@ def without_numbers(key: str) -> str:
 
 def _num_stacked(model: Any, router: RouterSpec) -> int:
     """Experts of a router that have weights; a router may also score identity experts."""
-    stacked = [p.shape[0] for p in model.get_submodule(router.experts_module).parameters()]
-    return (
-        min(stacked, default=router.num_experts) if router.tap == "experts" else router.num_experts
-    )
+    if router.tap == "router":
+        return router.num_experts
+    parameters = model.get_submodule(router.experts_module).parameters()
+    stacked = [parameter.shape[0] for parameter in parameters if parameter.dim() == 3]
+    return min(stacked, default=router.num_experts)
 
 
 def _routed_experts(
