@@ -1,5 +1,7 @@
 """Cases worked by hand, published tables, and limits of the functions on plain ids."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from oracles.locality import Cache
@@ -248,7 +250,7 @@ def test_use_counts_give_nested_caches():
         top_k = int(rng.integers(1, num_experts + 1))
         tokens = [rng.permutation(num_experts)[:top_k].tolist() for _ in range(15)]
         contents = [Cache(tokens, size, "lfu").contents for size in range(1, num_experts + 1)]
-        for smaller, larger in zip(contents, contents[1:], strict=False):
+        for smaller, larger in pairwise(contents):
             assert all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
