@@ -1,4 +1,4 @@
-"""Write the table of supported families: `python tests/supported_families.py`.
+"""The README's table of supported families; `python tests/readme.py families` writes it.
 
 Every row is a tiny random model that was saved, found, recorded and reproduced; nothing is listed
 by hand. `tests/parity/test_families.py` holds that the table is current.
@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 from moetools.architectures import REFUSED, RouterSpec, find_routers, get_tensor
 from moetools.hooks import RouterRecorder
 from moetools.routing import identify_rule
-
-TABLE = Path(__file__).parents[1] / "moetools" / "architectures" / "families.md"
 
 UNKNOWN = "unknown: recorded, but not a function of the logits alone"
 
@@ -77,8 +75,3 @@ def rules(model: PreTrainedModel, routers: tuple[RouterSpec, ...]) -> str:
         if general not in words:
             words.append(general)
     return "<br>".join(words)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    TABLE.write_text(table(), encoding="utf-8")

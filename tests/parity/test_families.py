@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme
 import supported_families
 import tiny_models
 import torch
@@ -410,10 +411,10 @@ def test_refused_families_say_why(model_type: str, reason: str) -> None:
 
 def test_table_of_families_is_current() -> None:
     """Rows and reasons; the rules in it are held by `RULES` and by reproduction above."""
-    rows = supported_families.TABLE.read_text(encoding="utf-8").splitlines()
+    rows = readme.section(readme.README.read_text(encoding="utf-8"), "families").splitlines()
     listed = {name for row in rows if (name := row.partition("` |")[0].removeprefix("| `")) != row}
     installed = {*MODEL_TYPES, *REFUSED}
-    assert installed <= listed, "run tests/supported_families.py"
+    assert installed <= listed, "run tests/readme.py"
     for model_type in BY_NAME:
         assert supported_families.row(model_type) in rows
     for model_type, reason in REFUSED.items():
