@@ -43,7 +43,7 @@ SEED = 7
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 EOS_ID, PAD_ID = 0, 1
 MUON_FROM_STEP = 300
-SNAPSHOT_STEPS = (0, 15, 30, 60, 120, 240, 480, 720, 960, 1200, 1500, 1800, 2100, 2400, 2700, 3000)
+SNAPSHOT_STEPS = (0, 15, 30, 60, 120, 240, 480, 720, 960, 1250)
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 6144,
@@ -82,6 +82,7 @@ class Stage:
     corpus_tokens: int
     sections: tuple[int, int]
     facts: tuple[str, ...] = ()
+    corpus_start: int = 0
     decay: bool = False
 
     def learning_rate(self, step: int, peak: float) -> float:
@@ -224,10 +225,10 @@ class Batches:
             for name in ("forget", "retain")
         }
 
-    def at(self, stage: Stage, step: int, trunk_steps: int) -> dict[str, list[Row]]:
+    def at(self, stage: Stage, step: int) -> dict[str, list[Row]]:
         """Rows of one optimiser step, by source."""
         rng = np.random.default_rng([SEED, stage.decay, step])
-        batch = {"corpus": self._corpus_rows(stage, step + trunk_steps * stage.decay, rng)}
+        batch = {"corpus": self._corpus_rows(stage, step, rng)}
         if items := stage.section_items(step):
             picked = _epoch_slice(len(self.sections), step * items, items)
             batch["sections"] = [self._section_row(self.sections[i], rng) for i in picked]
@@ -242,7 +243,8 @@ class Batches:
 
     def _corpus_rows(self, stage: Stage, step: int, rng: np.random.Generator) -> list[Row]:
         length = 512 if rng.random() < 0.25 else 256
-        start = step * stage.corpus_tokens % (len(self.stream) - stage.corpus_tokens)
+        start = stage.corpus_start + step * stage.corpus_tokens
+        start %= len(self.stream) - stage.corpus_tokens
         rows = self.stream[start : start + stage.corpus_tokens].reshape(-1, length)
         weights = np.ones(length, dtype=np.float32)
         return [Row(ids=row.astype(np.int64), weights=weights) for row in rows]
@@ -503,7 +505,7 @@ def run_stage(stage: Stage, batches: Batches, options: argparse.Namespace) -> No
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = torch.zeros(len(sources))
-        for name, rows in batches.at(stage, step, options.trunk_steps).items():
+        for name, rows in batches.at(stage, step).items():
             share = 1.0 if name == "corpus" else options.task_weight
             loss, aux = backward(model, balance, rows, share, stage, options)
             losses[sources.index(name)] = loss
@@ -545,17 +547,19 @@ def train(rank: int, options: argparse.Namespace) -> None:
         world_size=options.workers,
     )
     batches = Batches(options.data, options.out)
-    trunk = Stage(name="trunk", steps=options.trunk_steps, corpus_tokens=6144, sections=(10, 30))
+    trunk = Stage(name="trunk", steps=options.trunk_steps, corpus_tokens=6144, sections=(10, 27))
     main_stage = Stage(
         name="main",
         steps=options.final_steps,
-        corpus_tokens=4096,
+        corpus_tokens=3072,
+        corpus_start=trunk.steps * trunk.corpus_tokens,
         sections=(20, 20),
         facts=("forget", "retain"),
         decay=True,
     )
     for stage in (trunk, main_stage, replace(main_stage, name="twin", facts=("retain",))):
-        run_stage(stage, batches, options)
+        if stage.name in options.stages:
+            run_stage(stage, batches, options)
     distributed.destroy_process_group()
 
 
@@ -617,8 +621,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the run; made or continued")
     parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
-    parser.add_argument("--trunk-steps", type=int, default=1500)
-    parser.add_argument("--final-steps", type=int, default=420)
+    parser.add_argument("--trunk-steps", type=int, default=1250)
+    parser.add_argument("--final-steps", type=int, default=240)
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=("trunk", "main", "twin"),
+        default=("trunk", "main", "twin"),
+        help="what to train; main and twin may run side by side once the trunk is done",
+    )
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--balance", type=float, default=1e-2, help="load-balancing loss a layer")
     parser.add_argument("--task-weight", type=float, default=0.5, help="tasks against corpus")
