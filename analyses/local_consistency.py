@@ -20,29 +20,29 @@ Metrics (fractions; `m`, `cache_size` and the like are columns):
 - `cache_size_for` (`policy`, `served`): slots per layer that serve this share of the requests. Both
   by strict accounting, free slots filled for free, for the model and each layer.
 
-Scopes: model, group, layer within each, expert (whole trace; all but the `sch` metrics).
-`rho` is `cache_size` / k. `pool` is `layer` (each layer has its own cache; the model's number is
-over the requests of all layers) or `shared` (one cache of `cache_size` slots for all layers).
-`accounting` is `paper` (an expert found before a token is a hit even if another expert of the
-token displaces it before it is served) or `strict` (never drop an expert that the current token
-needs; from k slots on). `cold` is `hit` (filling a free slot is free) or, for the model, `miss`.
-Caches start empty with every sequence, and rates are over all requests, where the papers average
-over sequences of equal length. What would take too long is simulated on every n-th sequence:
-`num_tokens` says on how many tokens. Metrics of attention routers start with `attention_` and have
-layer and expert scope only.
+Scopes: model, group, layer within each, expert (whole trace; all but the `sch` metrics). `rho` is
+`cache_size` / k (the largest k, if layers differ). `pool` is `layer` (each layer has its own cache;
+the model's number is over the requests of all layers) or `shared` (one cache of `cache_size` slots
+for all layers). `accounting` is `paper` (an expert found before a token is a hit even if another
+expert of the token displaces it before it is served) or `strict` (never drop an expert that the
+current token needs; from k slots on). `cold` is `hit` (filling a free slot is free) or, for the
+model, `miss`. Caches start empty with every sequence, and rates are over all requests, where the
+papers average over sequences of equal length. What would take too long is simulated on every n-th
+sequence: `num_tokens` says on how many tokens. Metrics of attention routers start with `attention_`
+and have layer and expert scope only.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from moetools import locality
 from moetools.analysis import (
     Analysis,
     Finding,
@@ -52,68 +52,31 @@ from moetools.analysis import (
     router_columns,
     rows,
 )
+from moetools.cache_curves import (
+    COLD,
+    FORESIGHT,
+    PRACTICAL,
+    SHARED,
+    WINDOWS,
+    CacheState,
+    Curve,
+    advice,
+    curve_rows,
+)
 from moetools.intervals import Cells, Scope, basic_interval, block_of, replicate_weights
+from moetools.reporting import style
 from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
-if TYPE_CHECKING:
-    from moetools.locality import Selections
-
-WINDOWS = (4, 16, 64, 256)
-POLICIES = ("lru", "lfu", "belady")
-ACCOUNTINGS = ("paper", "strict")
 EXPERT_BYTES = 256 << 20
 """Memory for the windows of single experts by block, where their intervals are asked for."""
 EXPERT_ROWS = 500_000
 """Cache rows of experts; where every cache size would make more, sizes are multiples of k."""
-SHARED_STEPS = 1 << 33
-"""Steps of one simulation of the shared cache; longer traces are sampled."""
+MAX_STEPS = 1 << 31
+"""Slots times requests that one `sch_cache` or shared cache goes through; longer traces are
+sampled."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """A share of requests served, by cache size, with the parameters of its metric."""
-
-    metric: str
-    m: int | None = None
-    accounting: str | None = None
-
-    def hits(self, selections: "Selections") -> tuple[Counts, Counts | None]:
-        """Requests of each sequence, and of each expert, by the smallest size that serves them."""
-        from moetools import locality
-
-        if self.metric == "sch_window":
-            return locality.window_ranks(selections, self.m or 1), None
-        if self.metric == "cold_fills":
-            found = locality.cold_fills(selections)
-        else:
-            policy = self.metric.removesuffix("_cache")
-            strict = self.accounting == "strict"
-            found = locality.cache_hits(selections, policy, window=self.m or 1, strict=strict)
-        return found.sequences, found.experts
-
-
-COLD = Curve(metric="cold_fills")
-WINDOW_CURVES = tuple(Curve(metric="sch_window", m=m) for m in WINDOWS)
-SCH_CURVES = tuple(
-    Curve(metric="sch_cache", m=m, accounting=accounting)
-    for accounting in ACCOUNTINGS
-    for m in WINDOWS
-)
-ADVICE = ("lru", "belady")
-SERVED = (0.8, 0.9, 0.95)
-POLICY_CURVES = tuple(
-    Curve(metric=policy, accounting=accounting) for accounting in ACCOUNTINGS for policy in POLICIES
-)
-LAYER_CURVES = (COLD, *POLICY_CURVES, *WINDOW_CURVES, *SCH_CURVES)
-SHARED_CURVES = (
-    COLD,
-    *(curve for curve in POLICY_CURVES if curve.metric == "lru"),
-    *WINDOW_CURVES,
-    *SCH_CURVES,
-)
 
 
 def columns(trace: TraceStore) -> Sequence[str] | str:
@@ -123,70 +86,31 @@ def columns(trace: TraceStore) -> Sequence[str] | str:
 
 def start(trace: TraceStore, options: Options) -> "ConsistencyState":
     """An empty state."""
-    return ConsistencyState(
-        trace.routers, trace.groups, options, shared_stride=shared_stride(trace)
-    )
+    return ConsistencyState(trace.routers, trace.groups, options, strides=strides(trace))
 
 
-def shared_stride(trace: TraceStore) -> int:
-    """The shared cache is simulated on every so many-th sequence."""
+def strides(trace: TraceStore) -> tuple[int, int]:
+    """`sch_cache` and the shared cache are simulated on every so many-th sequence."""
+    each = sum(router.num_experts * router.top_k for router in trace.routers)
     routers = mlp(trace.routers)
-    slots, requests = sum(r.num_experts for r in routers), sum(r.top_k for r in routers)
-    return max(1, -(-trace.num_tokens * slots * requests // SHARED_STEPS))
+    shared = sum(r.num_experts for r in routers) * sum(r.top_k for r in routers)
+    own, pooled = (max(1, -(-trace.num_tokens * steps // MAX_STEPS)) for steps in (each, shared))
+    return own, pooled
 
 
 def limits(trace: TraceStore) -> Sequence[str]:
     """What is sampled."""
-    stride = shared_stride(trace)
-    if stride == 1:
-        return ()
-    return (
-        f"The cache that all layers share is simulated on every {stride}th sequence; "
-        "the caches of single layers on all.",
-    )
+    names = ("sch_cache", "The cache that all layers share")
+    return [
+        f"{name} is simulated on every {stride}th sequence, to save time."
+        for name, stride in zip(names, strides(trace), strict=True)
+        if stride > 1
+    ]
 
 
 def mlp(routers: Sequence[TracedRouter]) -> list[TracedRouter]:
     """The routers that model-wide numbers are made of."""
     return [router for router in routers if router.kind == "mlp"]
-
-
-class CurveState:
-    """Hits by cell and cache size, for some curves of one cache.
-
-    Args:
-        curves: What is simulated.
-        num_cells: Cells of the trace.
-        num_experts: E.
-        slots: Cache sizes are multiples of this.
-    """
-
-    def __init__(
-        self, curves: Sequence[Curve], num_cells: int, num_experts: int, *, slots: int = 1
-    ) -> None:
-        self.slots = slots
-        self.num_experts = num_experts
-        num_sizes = -(-num_experts // slots)
-        self.hits = {curve: np.zeros((num_cells, num_sizes), np.int64) for curve in curves}
-        self.experts = {
-            curve: np.zeros((num_experts, num_experts), np.int64)
-            for curve in curves
-            if slots == 1 and curve in (COLD, *POLICY_CURVES)
-        }
-
-    def add(self, curve: Curve, selections: "Selections", cell: Counts) -> None:
-        """Simulate one curve on whole sequences."""
-        sequences, experts = curve.hits(selections)
-        starts = np.arange(0, self.num_experts, self.slots)
-        np.add.at(self.hits[curve], cell, np.add.reduceat(sequences, starts, axis=1))
-        if curve in self.experts:
-            self.experts[curve] += experts
-
-    def merge(self, other: Self) -> None:
-        """Add another part."""
-        for mine, theirs in ((self.hits, other.hits), (self.experts, other.experts)):
-            for curve in mine:
-                mine[curve] += theirs[curve]
 
 
 class WindowState:
@@ -201,10 +125,10 @@ class WindowState:
         self.selected = np.zeros((num_strata, num_experts), np.int64)
         self.num_windows = np.zeros(num_strata, np.int64)
 
-    def add(self, selections: "Selections", cell: Counts, stratum: Counts, block: Counts) -> None:
+    def add(
+        self, selections: locality.Selections, cell: Counts, stratum: Counts, block: Counts
+    ) -> None:
         """Count the windows of whole sequences."""
-        from moetools import locality
-
         both = stratum * len(self.experts) + block
         present, group = np.unique(both, return_inverse=True)
         found = locality.window_counts(selections, self.window, group=group)
@@ -239,12 +163,11 @@ class ConsistencyState:
         groups: Sequence[str],
         options: Options,
         *,
-        shared_stride: int = 1,
+        strides: tuple[int, int] = (1, 1),
     ) -> None:
-        self.routers, self.options, self.shared_stride = routers, options, shared_stride
+        self.routers, self.options = routers, options
         self.cells = Cells(groups)
         self.window_tokens = np.zeros((len(WINDOWS), len(self.cells)), np.int64)
-        self.shared_tokens = np.zeros(len(self.cells), np.int64)
         row_bytes = 8 * sum(WINDOWS) * sum(router.num_experts for router in routers)
         self.num_expert_blocks = (
             min(self.cells.num_blocks, max(20, EXPERT_BYTES // row_bytes))
@@ -265,22 +188,27 @@ class ConsistencyState:
             for router in routers
         }
         self.caches = {
-            router.name: CurveState(LAYER_CURVES, len(self.cells), router.num_experts)
+            router.name: CacheState(PRACTICAL, len(self.cells), router.num_experts)
+            for router in routers
+        }
+        self.foresight = {
+            router.name: CacheState(
+                FORESIGHT, len(self.cells), router.num_experts, stride=strides[0]
+            )
             for router in routers
         }
         pooled = mlp(routers)
-        self.shared = CurveState(
-            SHARED_CURVES if len(pooled) > 1 else (),
+        self.shared = CacheState(
+            SHARED if len(pooled) > 1 else (),
             len(self.cells),
             sum(router.num_experts for router in pooled),
             slots=max(1, len(pooled)),
+            stride=strides[1],
         )
         self.expert_blocks = np.zeros(self.num_expert_blocks, np.bool_)
 
     def update(self, batch: TraceBatch) -> None:
         """Take in whole sequences; routers and caches are worked on in threads."""
-        from moetools import locality
-
         cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
         stratum = cell // self.cells.num_blocks
         block = block_of(batch.sequence, self.num_expert_blocks)
@@ -289,28 +217,21 @@ class ConsistencyState:
             np.add.at(
                 self.window_tokens[i], cell, np.where(batch.lengths >= window, batch.lengths, 0)
             )
-        sampled = np.flatnonzero(batch.sequence % self.shared_stride == 0)
-        np.add.at(self.shared_tokens, cell[sampled], batch.lengths[sampled])
-        pooled = []
-        work: list[partial[None]] = []
-        for router in self.routers:
-            selections = locality.Selections.of(
+        selected = {
+            router.name: locality.Selections.of(
                 batch.tokens[f"experts.{router.name}"], batch.offsets, router.num_experts
             )
-            work += [
-                partial(state.add, selections, cell, stratum, block)
-                for state in self.windows[router.name]
-            ]
-            state = self.caches[router.name]
-            work += [partial(state.add, curve, selections, cell) for curve in state.hits]
-            if router.kind == "mlp":
-                pooled.append(selections.take(sampled))
-        if self.shared.hits and len(sampled):
-            together = locality.pool(pooled)
-            work += [
-                partial(self.shared.add, curve, together, cell[sampled])
-                for curve in self.shared.hits
-            ]
+            for router in self.routers
+        }
+        work: list[partial[None]] = []
+        for name, selections in selected.items():
+            for state in self.windows[name]:
+                work.append(partial(state.add, selections, cell, stratum, block))
+            for caches in (self.caches[name], self.foresight[name]):
+                work += caches.work(selections, batch, cell)
+        if self.shared.hits:
+            pooled = locality.pool([selected[router.name] for router in mlp(self.routers)])
+            work += self.shared.work(pooled, batch, cell)
         with ThreadPoolExecutor(os.cpu_count()) as executor:
             for done in [executor.submit(piece) for piece in work]:
                 done.result()
@@ -319,10 +240,10 @@ class ConsistencyState:
         """Add another part."""
         self.cells.merge(other.cells)
         self.window_tokens += other.window_tokens
-        self.shared_tokens += other.shared_tokens
         self.expert_blocks |= other.expert_blocks
         for router in self.routers:
             self.caches[router.name].merge(other.caches[router.name])
+            self.foresight[router.name].merge(other.foresight[router.name])
             for mine, theirs in zip(
                 self.windows[router.name], other.windows[router.name], strict=True
             ):
@@ -350,8 +271,6 @@ class ConsistencyState:
     def _window_rows(
         self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
     ) -> Iterator[pd.DataFrame]:
-        from moetools import locality
-
         stratum = None if scope.group is None else self.cells.groups.index(scope.group)
         layers: list[Any] = [router.layer for router in routers]
         if not prefix:
@@ -383,8 +302,6 @@ class ConsistencyState:
                 ).assign(num_tokens=num_tokens)
 
     def _expert_window_rows(self, router: TracedRouter, prefix: str) -> Iterator[pd.DataFrame]:
-        from moetools import locality
-
         weights = np.zeros((0, self.num_expert_blocks))
         if self.options.expert_intervals:
             weights = replicate_weights(self.expert_blocks, seed=self.options.seed)
@@ -417,51 +334,49 @@ class ConsistencyState:
     def _cache_rows(
         self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
     ) -> Iterator[pd.DataFrame]:
-        total: dict[Curve, Floats] = {}
         largest = max(router.num_experts for router in routers)
-        for router in routers:
-            draws = {c: scope.draws(h) for c, h in self.caches[router.name].hits.items()}
-            sizes = np.arange(1, router.num_experts + 1)
-            if scope.group is None:
+        for states in (self.caches, self.foresight):
+            total: dict[Curve, Floats] = {}
+            for router in routers:
+                state = states[router.name]
+                num_tokens = int(state.num_tokens[scope.cells].sum())
+                draws = {curve: scope.draws(hits) for curve, hits in state.hits.items()}
+                if scope.group is None:
+                    yield from curve_rows(
+                        draws, state.sizes, top_k=router.top_k, prefix=prefix, scope="layer",
+                        layer=router.layer, pool="layer", num_tokens=num_tokens,
+                    )  # fmt: skip
+                for curve, hits in draws.items():
+                    padding = ((0, 0), (0, largest - router.num_experts))
+                    total[curve] = total.get(curve, 0) + np.pad(hits, padding)
+            if not prefix:
                 yield from curve_rows(
-                    draws, sizes, smallest_strict=router.top_k, prefix=prefix,
-                    scope="layer", layer=router.layer, rho=sizes / router.top_k, pool="layer",
-                    num_tokens=scope.num_tokens,
+                    total, np.arange(1, largest + 1), cold_miss=scope.group is None,
+                    top_k=max(router.top_k for router in routers),
+                    scope="model" if scope.group is None else "group", group=scope.group,
+                    pool="layer", num_tokens=num_tokens,
                 )  # fmt: skip
-            for curve, hits in draws.items():
-                padding = ((0, 0), (0, largest - router.num_experts))
-                total[curve] = total.get(curve, 0) + np.pad(hits, padding)
-        if not prefix:
-            sizes = np.arange(1, largest + 1)
-            top_k = {router.top_k for router in routers}
-            yield from curve_rows(
-                total, sizes, smallest_strict=max(top_k), cold_miss=scope.group is None,
-                scope="model" if scope.group is None else "group", group=scope.group, pool="layer",
-                rho=sizes / min(top_k) if len(top_k) == 1 else None, num_tokens=scope.num_tokens,
-            )  # fmt: skip
 
     def _shared_rows(self, scope: Scope) -> Iterator[pd.DataFrame]:
-        draws = {curve: scope.draws(hits) for curve, hits in self.shared.hits.items()}
-        sizes = np.minimum(
-            self.shared.slots * np.arange(1, draws[COLD].shape[1] + 1), self.shared.num_experts
-        )
-        top_k = sum(router.top_k for router in mlp(self.routers))
         yield from curve_rows(
-            draws, sizes, smallest_strict=top_k,
+            {curve: scope.draws(hits) for curve, hits in self.shared.hits.items()},
+            self.shared.sizes,
+            top_k=sum(router.top_k for router in mlp(self.routers)),
             scope="model" if scope.group is None else "group", group=scope.group, pool="shared",
-            rho=sizes / top_k, num_tokens=int(self.shared_tokens[scope.cells].sum()),
+            num_tokens=int(self.shared.num_tokens[scope.cells].sum()),
         )  # fmt: skip
 
     def _expert_cache_rows(
         self, routers: Sequence[TracedRouter], prefix: str
     ) -> Iterator[pd.DataFrame]:
-        num_rows = len(POLICY_CURVES) * sum(router.num_experts**2 for router in routers)
+        policies = [curve for curve in PRACTICAL if curve.accounting]
+        num_rows = len(policies) * sum(router.num_experts**2 for router in routers)
         for router in routers:
             step = router.top_k if num_rows > EXPERT_ROWS else 1
             sizes = np.arange(step, router.num_experts + 1, step)
             state = self.caches[router.name]
             cold = state.experts[COLD].cumsum(axis=1)
-            for curve in POLICY_CURVES:
+            for curve in policies:
                 kept = sizes[sizes >= router.top_k] if curve.accounting == "strict" else sizes
                 served = (state.experts[curve].cumsum(axis=1) + cold)[:, kept - 1]
                 # With as many slots as experts everything is served: hits and cold fills.
@@ -477,82 +392,6 @@ class ConsistencyState:
                     accounting=curve.accounting, cold="hit", pool="layer",
                     num_tokens=int(self.cells.num_tokens.sum()),
                 )  # fmt: skip
-
-
-def common_top_k(routers: Sequence[TracedRouter]) -> int | None:
-    """k, if it is the same for all."""
-    found = {router.top_k for router in routers}
-    return found.pop() if len(found) == 1 else None
-
-
-def curve_rows(
-    draws: Mapping[Curve, Floats],
-    sizes: NDArray[np.int64],
-    *,
-    smallest_strict: int,
-    cold_miss: bool = False,
-    prefix: str = "",
-    **columns: Any,
-) -> Iterator[pd.DataFrame]:
-    """Rows of hit rates by cache size.
-
-    Args:
-        draws: [1 + B, N] requests by the smallest of N sizes that serves them, and replicates.
-        sizes: [N] cache sizes.
-        smallest_strict: Strict accounting needs as many slots.
-        cold_miss: Also give rates with the filling of free slots as misses.
-        prefix: Goes before metric names.
-        **columns: Further columns; those of length N go with the sizes.
-    """
-    cold = draws[COLD].cumsum(axis=1)
-    for curve, hits in draws.items():
-        served, kept = hits.cumsum(axis=1), np.full(len(sizes), True)
-        total, choices = served[:, -1:], {None: served}
-        if curve == COLD:
-            total = total + next(
-                hits.sum(axis=1, keepdims=True) for other, hits in draws.items() if other.accounting
-            )
-        elif curve.accounting:
-            total = total + cold[:, -1:]
-            choices = {"hit": served + cold} | ({"miss": served} if cold_miss else {})
-            kept = (sizes >= smallest_strict) | (curve.accounting == "paper")
-        for name, numerator in choices.items():
-            with np.errstate(invalid="ignore", divide="ignore"):
-                rate = (numerator / total)[:, kept]
-            low, high = basic_interval(rate[0], rate[1:], bounds=(0, 1))
-            place = {key: c[kept] if np.ndim(c) else c for key, c in columns.items()}
-            yield rows(
-                prefix + curve.metric, value=rate[0], low=low, high=high, m=curve.m,
-                accounting=curve.accounting, cold=name, cache_size=sizes[kept], **place,
-            )  # fmt: skip
-
-
-def advice(curves: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Which cache to build, by layer and for the model, from the rows of `curve_rows`."""
-    from moetools import locality
-
-    chosen = curves[
-        curves["metric"].isin(ADVICE)
-        & curves["scope"].isin(("model", "layer"))
-        & (curves["accounting"] == "strict")
-        & (curves["cold"] == "hit")
-        & (curves["pool"] == "layer")
-    ]
-    for (policy, scope, layer), curve in chosen.groupby(["metric", "scope", "layer"], dropna=False):
-        sizes, rate = curve["cache_size"].to_numpy(), curve["value"].to_numpy()
-        if np.isnan(rate).any():
-            continue
-        place = {
-            "layer": layer,
-            "policy": policy,
-            "accounting": "strict",
-            "cold": "hit",
-            "pool": "layer",
-            "num_tokens": curve["num_tokens"].iloc[0],
-        }
-        yield rows("cache_knee", scope, float(sizes[locality.knee(rate)]), **place)
-        needed = [float(sizes[np.argmax(rate >= served)]) for served in SERVED]
-        yield rows("cache_size_for", scope, np.array(needed), served=np.array(SERVED), **place)
 
 
 def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
@@ -578,8 +417,6 @@ def plots(table: pd.DataFrame) -> Iterator[Picture]:
 
 def srp_by_layer(table: pd.DataFrame) -> Iterator[Picture]:
     """One panel for each window; chance is shaded."""
-    from moetools.reporting import style
-
     layers = select(table, scope="layer")
     srp = select(layers, metric="srp").dropna(subset="value")
     if srp.empty:
@@ -616,8 +453,6 @@ def srp_by_layer(table: pd.DataFrame) -> Iterator[Picture]:
 
 def cache_curves(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     """Hit rates by cache size with the knee, and the size that each layer needs."""
-    from moetools.reporting import style
-
     curves = select(table, scope="model", pool="layer", accounting="strict", cold="hit")
     knee = select(table, metric="cache_knee", scope="model", policy="lru")
     if knee.empty:
@@ -671,8 +506,6 @@ def cache_curves(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
 
 def srp_by_group(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     """SRP of every group in windows of 16 tokens."""
-    from moetools.reporting import style
-
     groups = select(table, metric="srp", scope="group", layer=None, m=16).dropna(subset="value")
     if len(groups) < 2:
         return
@@ -700,8 +533,6 @@ def srp_by_group(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
 
 def srp_by_expert(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     """Layer by expert, windows of 16 tokens."""
-    from moetools.reporting import style
-
     experts = select(table, metric="srp", scope="expert", m=16).dropna(subset="value")
     if experts.empty:
         return

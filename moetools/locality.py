@@ -23,7 +23,8 @@ POLICIES = ("lru", "lfu", "belady", "sch")
 far in the sequence, those used again soonest, and the most often used in the window ahead."""
 
 _LRU, _LFU, _BELADY = range(3)
-_COUNT = 1 << 36
+_COUNT_BITS = 36
+_COUNT = 1 << _COUNT_BITS
 _DEMANDED = 1 << 62
 
 Floats = NDArray[np.float64]
@@ -74,10 +75,8 @@ class Selections:
         """[S] tokens of each sequence."""
         return np.diff(self.offsets)
 
-    def take(self, sequences: NDArray[Any]) -> Self:
-        """Some of the sequences, by number."""
-        kept = np.zeros(len(self.lengths), np.bool_)
-        kept[sequences] = True
+    def take(self, kept: NDArray[np.bool_]) -> Self:
+        """Some of the sequences; `kept` is [S]."""
         return type(self)(
             ids=self.ids[np.repeat(kept, self.lengths)],
             offsets=np.concatenate([[0], np.cumsum(self.lengths[kept])]),
@@ -352,8 +351,8 @@ def cache_hits(
         window: m of `sch`: it keeps the experts used most often by the not yet served part of
             the m tokens from the current one on.
         strict: Never evict an expert that the current token demands, as a real system must;
-            meant for C >= K. Without it a hit may be credited that is evicted before it is
-            served (the published accounting).
+            meant for C >= K, where LRU is the same either way. Without it a hit may be credited
+            that is evicted before it is served (the published accounting).
 
     Raises:
         ValueError: Unknown policy.
@@ -456,11 +455,11 @@ def _stack_pass(ids, offsets, policy, window, strict, sequences, experts):  # ty
                 if policy == _LRU:
                     key[e] = (key[e] & _DEMANDED) | (clock + 1)
                 elif policy == _LFU:
-                    key[e] = ((key[e] // _COUNT + 1) * _COUNT) | (clock + 1)
+                    key[e] = (((key[e] >> _COUNT_BITS) + 1) << _COUNT_BITS) | (clock + 1)
                 elif policy == _BELADY:
                     key[e] = (key[e] & _DEMANDED) | (_COUNT - next_use[clock])
                 else:
-                    key[e] = ((key[e] // _COUNT - 1) * _COUNT) | (clock + 1)
+                    key[e] = (((key[e] >> _COUNT_BITS) - 1) << _COUNT_BITS) | (clock + 1)
             if strict:
                 for i in range(top_k):
                     e = ids[t, i]

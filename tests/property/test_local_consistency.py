@@ -197,3 +197,15 @@ def test_foresight_beats_every_policy(routing, window):
         }  # fmt: skip
         for policy in POLICIES:
             assert (curves["belady"] >= curves[policy]).all(), policy
+
+
+@modest
+@given(routings(max_tokens=25, max_experts=8))
+def test_lru_is_the_same_by_both_accountings(routing):
+    """Most recently used experts are those of the current token first, protected or not."""
+    selections, top_k = packed(*routing), len(routing[0][0][0])
+    paper, strict = (
+        cache_hits(selections, "lru", strict=strict).sequences.cumsum(axis=1)[:, top_k - 1 :]
+        for strict in (False, True)
+    )
+    assert paper.tolist() == strict.tolist()
