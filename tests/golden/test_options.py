@@ -14,10 +14,9 @@ def options() -> dict[str, list[str]]:
     """Arguments and options of every command, in the order of its help."""
     app = typer.main.get_command(cli.build_app())
     return {
-        name: [" ".join(p.opts) if p.opts[0].startswith("-") else p.human_readable_name
-               for p in command.params]
+        name: [" ".join(parameter.opts) for parameter in command.params]
         for name, command in sorted(app.commands.items())  # type: ignore[attr-defined]
-    }  # fmt: skip
+    }
 
 
 def test_options_are_the_documented_ones():
