@@ -15,11 +15,33 @@ class Headline:
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+_CACHE = {"rho": 2, "accounting": "strict", "cold": "hit", "pool": "layer"}
+
 HEADLINES = (
     Headline(analysis="load", metric="load_max_over_mean", heading="busiest over mean"),
-    Headline(analysis="load", metric="effective_num_experts", heading="effective experts"),
-    Headline(analysis="load", metric="num_dead_experts", heading="dead experts"),
+    Headline(analysis="load", metric="effective_num_experts", heading="experts in use"),
+    Headline(analysis="load", metric="num_dead_experts", heading="dead"),
     Headline(analysis="entropy", metric="token_entropy_relative", heading="token entropy"),
+    Headline(analysis="local_consistency", metric="srp", heading="SRP m 16", parameters={"m": 16}),
+    Headline(
+        analysis="local_consistency",
+        metric="srp_adjusted_skewed",
+        heading="SRP over chance",
+        parameters={"m": 16},
+    ),
+    Headline(
+        analysis="local_consistency",
+        metric="lru",
+        heading="LRU hits 2k slots",
+        parameters=_CACHE,
+    ),
+    Headline(analysis="specialization", metric="domain_specialization", heading="group spread"),
+    Headline(
+        analysis="specialization",
+        metric="vocabulary_specialization",
+        heading="token purity",
+        parameters={"vocabulary": "input"},
+    ),
 )
 
 

@@ -69,18 +69,20 @@ def _described(trace: TraceStore) -> dict[str, Any]:
 def thinned(table: pd.DataFrame, limit: int) -> pd.DataFrame:
     """At most `limit` rows: first groups within layers go, then points of long curves.
 
-    A curve is a parameter with many values, such as a cache size; every second of its values is
-    left out until the table fits.
+    Of cache curves, whole multiples of the experts per token (`rho`) are kept as long as possible;
+    of any other parameter with many values, every second is left out until the table fits.
     """
     if len(table) > limit:
         table = table[~((table["scope"] == "group") & table["layer"].notna())]
+    if len(table) > limit and "rho" in table:
+        table = table[table["rho"].isna() | (table["rho"] % 1 == 0)]
     while len(table) > limit:
-        values = {name: np.sort(table[name].dropna().unique()) for name in parameters(table)}
+        values = {name: table[name].dropna().unique() for name in parameters(table)}
         longest = max(values, key=lambda name: len(values[name]), default=None)
         if longest is None or len(values[longest]) < 4:
             return table.head(limit)
-        kept = values[longest][1::2]
-        table = table[table[longest].isna() | table[longest].isin(kept)]
+        name = "rho" if len(values.get("rho", ())) >= 4 else longest
+        table = table[table[name].isna() | table[name].isin(np.sort(values[name])[1::2])]
     return table
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,53 +13,17 @@ import jinja2
 import pyarrow as pa
 
 from moetools import __version__
-from moetools.analysis import KEY_COLUMNS, VALUE_COLUMNS, Analysis, Finding
-from moetools.reporting import headlines
-from moetools.reporting.headlines import Headline
+from moetools.analysis import Analysis, Finding
+from moetools.reporting.tables import Table, headline_table, section_tables
 from moetools.trace_store import TracedRouter, TraceStore
 
 FOLDER = Path(__file__).parent
-MAX_ROWS = 100
-MAX_COLUMNS = 10
 MAX_FINDINGS = 12
-UNUSUAL = 0.3
+UNUSUAL = 0.5
 """A finding of at least this weight is listed as unusual."""
 
-USUAL_PARAMETERS: dict[str, Any] = {"m": 16, "rho": 2, "accounting": "paper"}
-"""Of a metric's variants, those with these parameters come first."""
-
-_NOT_PARAMETERS = frozenset((*KEY_COLUMNS, *VALUE_COLUMNS))
-
-Metrics = Mapping[str, Any]
-Record = Mapping[str, Any]
-Label = tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One number on the page, or a row's name; `record` is its place in `metrics.json`."""
-
-    text: str
-    value: float | str | None = None
-    low: str = ""
-    high: str = ""
-    analysis: str = ""
-    metric: str | None = None
-    record: int | None = None
-
-
-MISSING = Cell(text="–")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """A table of a section: `names` heads the columns that name a row."""
-
-    title: str
-    names: tuple[str, ...]
-    columns: Sequence[Label]
-    rows: list[list[Cell]]
-    note: str = ""
+ORDER = ("load", "entropy", "local_consistency", "specialization", "co_activation")
+"""Sections of the page; those of other analyses follow by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +49,7 @@ class Section:
 def render(
     traces: Sequence[TraceStore],
     analyses: Mapping[str, Analysis],
-    metrics: Metrics,
+    metrics: Mapping[str, Any],
     findings: Mapping[str, Sequence[Finding]],
     images: Mapping[str, list[Image]],
 ) -> str:
@@ -94,7 +57,7 @@ def render(
 
     Args:
         traces: The traces that were analysed.
-        analyses: Those that ran, by name, in the order of the page.
+        analyses: Those that ran, by name.
         metrics: The document of `metrics.json`; every number in a table is one of its records.
         findings: Sentences about each trace, by its name.
         images: Pictures by the name of their analysis.
@@ -104,10 +67,10 @@ def render(
             name=name,
             analysis=analysis,
             images=images.get(name, []),
-            tables=section_tables(name, metrics, several=len(traces) > 1),
+            tables=section_tables(name, metrics),
             limits=metrics["analyses"][name]["limits"],
         )
-        for name, analysis in analyses.items()
+        for name, analysis in sorted(analyses.items(), key=_place)
     ]
     script = (FOLDER / "template.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -118,7 +81,7 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("template.html").render(
-        title=", ".join(dict.fromkeys(trace.manifest.model for trace in traces)),
+        title=", ".join(dict.fromkeys(short_name(trace.manifest.model) for trace in traces)),
         traces=traces,
         partial=[trace for trace in traces if not trace.manifest.complete],
         findings={name: split_findings(found) for name, found in findings.items()},
@@ -136,6 +99,16 @@ def render(
     )
 
 
+def _place(item: tuple[str, Analysis]) -> tuple[int, str]:
+    name, _ = item
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)
+
+
+def short_name(model: str) -> str:
+    """A model as a heading: a hub id as it is, of a path the last part."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def split_findings(found: Iterable[Finding]) -> tuple[list[Finding], list[Finding]]:
     """The unusual findings, most unusual first, and the others."""
     ordered = sorted(found, key=lambda finding: -finding.weight)[:MAX_FINDINGS]
@@ -143,184 +116,6 @@ def split_findings(found: Iterable[Finding]) -> tuple[list[Finding], list[Findin
         [finding for finding in ordered if finding.weight >= UNUSUAL],
         [finding for finding in ordered if finding.weight < UNUSUAL],
     )
-
-
-def headline_table(metrics: Metrics, traces: Sequence[str]) -> Table:
-    """The main numbers: of every layer for one trace, side by side for several."""
-    cells = {name: number_cells(name, metrics) for name in metrics["analyses"]}
-    by_trace = {trace: headlines.found(metrics, trace) for trace in traces}
-    found = list(dict.fromkeys(itertools.chain.from_iterable(by_trace.values())))
-
-    def cell(headline: Headline, trace: str, layer: int | None) -> Cell:
-        place = by_trace[trace].get(headline, {}).get(layer)
-        return MISSING if place is None else cells[headline.analysis][place]
-
-    if len(traces) > 1:
-        return Table(
-            title="Main numbers of the whole model",
-            names=("",),
-            columns=[(trace,) for trace in traces],
-            rows=[
-                [_name(headline.heading), *(cell(headline, trace, None) for trace in traces)]
-                for headline in found
-            ],
-        )
-    places = [layers for headline, layers in by_trace[traces[0]].items()]
-    layers = sorted({layer for layers in places for layer in layers if layer is not None})
-    return Table(
-        title="Main numbers by layer",
-        names=("layer",),
-        columns=[(headline.heading,) for headline in found],
-        rows=[
-            [
-                _name(layer) if layer is not None else Cell(text="all"),
-                *(cell(headline, traces[0], layer) for headline in found),
-            ]
-            for layer in ([*layers, None] if found else [])
-        ],
-    )
-
-
-def section_tables(name: str, metrics: Metrics, *, several: bool) -> list[Table]:
-    """Tables of an analysis: the whole model, by layer and by group.
-
-    Args:
-        name: Name of the analysis.
-        metrics: The document of `metrics.json`.
-        several: Whether there are several traces, so that rows must name theirs.
-    """
-    records, cells = metrics["analyses"][name]["records"], number_cells(name, metrics)
-    of_scope: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        within_layer = record["scope"] == "group" and "layer" in record
-        of_scope["group and layer" if within_layer else record["scope"]].append(i)
-    tables = []
-    if of_scope["model"]:
-        tables.append(_model_table(records, cells, of_scope["model"]))
-    for scope, title in (("layer", "By layer"), ("group", "By group")):
-        if of_scope[scope]:
-            tables.append(_wide_table(title, records, cells, of_scope[scope], several=several))
-    return tables
-
-
-def number_cells(name: str, metrics: Metrics) -> list[Cell]:
-    """One cell per record of an analysis; a metric with only whole values shows no decimals."""
-    records = metrics["analyses"][name]["records"]
-    fractional = {
-        record["metric"]
-        for record in records
-        if record["value"] is not None and not float(record["value"]).is_integer()
-    }
-    cells = []
-    for i, record in enumerate(records):
-        whole = record["metric"] not in fractional
-        low, high = record.get("low"), record.get("high")
-        known = low is not None and high is not None
-        cells.append(
-            Cell(
-                text=number(record["value"], whole=whole),
-                value=record["value"],
-                low=number(low, whole=whole) if known else "",
-                high=number(high, whole=whole) if known else "",
-                analysis=name,
-                metric=record["metric"],
-                record=i,
-            )
-        )
-    return cells
-
-
-def _model_table(records: Sequence[Record], cells: Sequence[Cell], chosen: Sequence[int]) -> Table:
-    """One row per metric, one column per trace."""
-    traces = list(dict.fromkeys(records[i]["trace"] for i in chosen))
-    rows: dict[Label, dict[str, Cell]] = {}
-    for i in chosen:
-        rows.setdefault(label(records[i]), {})[records[i]["trace"]] = cells[i]
-    return _limited(
-        title="Whole model",
-        names=("metric",),
-        columns=[(trace,) for trace in traces] if len(traces) > 1 else [("value",)],
-        rows=[
-            [_name(" · ".join(key)), *(by_trace.get(trace, MISSING) for trace in traces)]
-            for key, by_trace in rows.items()
-        ],
-    )
-
-
-def _wide_table(
-    title: str,
-    records: Sequence[Record],
-    cells: Sequence[Cell],
-    chosen: Sequence[int],
-    *,
-    several: bool,
-) -> Table:
-    """One row per layer or group, one column per metric and choice of its parameters."""
-    names = tuple(
-        key
-        for key in ("trace", "layer", "layer_b", "group", "group_b")
-        if any(key in records[i] for i in chosen) and (several or key != "trace")
-    )
-    columns = main_columns([records[i] for i in chosen])
-    rows: dict[tuple[Any, ...], dict[Label, Cell]] = {}
-    for i in chosen:
-        if label(records[i]) in columns:
-            key = tuple(records[i].get(name) for name in names)
-            rows.setdefault(key, {})[label(records[i])] = cells[i]
-    return _limited(
-        title=title,
-        names=names,
-        columns=columns,
-        rows=[
-            [*map(_name, key), *(row.get(column, MISSING) for column in columns)]
-            for key, row in rows.items()
-        ],
-    )
-
-
-def _name(key: Any) -> Cell:
-    return Cell(text="" if key is None else str(key), value=key)
-
-
-def _limited(
-    *, title: str, names: tuple[str, ...], columns: Sequence[Label], rows: list[list[Cell]]
-) -> Table:
-    note = f"The first {MAX_ROWS} of {len(rows):,} rows." if len(rows) > MAX_ROWS else ""
-    return Table(title=title, names=names, columns=columns, rows=rows[:MAX_ROWS], note=note)
-
-
-def main_columns(records: Sequence[Record]) -> list[Label]:
-    """At most `MAX_COLUMNS` columns: each metric once before any a second time."""
-    variants: dict[str, dict[Label, int]] = defaultdict(dict)
-    for record in records:
-        unusual = sum(record.get(name, usual) != usual for name, usual in USUAL_PARAMETERS.items())
-        variants[record["metric"]].setdefault(label(record), unusual)
-    ordered = [sorted(labels, key=labels.__getitem__) for labels in variants.values()]
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*ordered))
-    chosen = set(itertools.islice(filter(None, turns), MAX_COLUMNS))
-    return [column for labels in variants.values() for column in labels if column in chosen]
-
-
-def label(record: Record) -> Label:
-    """A metric and its parameters: `("srp", "m 16")`."""
-    shown = (
-        value if isinstance(value, str) else f"{name} {value}"
-        for name, value in record.items()
-        if name not in _NOT_PARAMETERS
-    )
-    return (record["metric"], *shown)
-
-
-def number(value: float | None, *, whole: bool = False) -> str:
-    """A number as it is shown: about three significant digits, or a whole number."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    if whole or size >= 100:
-        return f"{value:,.0f}"
-    if 0 < size < 0.0005:
-        return f"{value:.1e}"
-    return f"{value:.3f}" if size < 1 else f"{value:.2f}" if size < 10 else f"{value:.1f}"
 
 
 def provenance(traces: Sequence[TraceStore]) -> list[tuple[str, list[str]]]:
@@ -377,12 +172,25 @@ def router_lines(routers: Sequence[TracedRouter]) -> list[tuple[str, str]]:
     """Routers that are alike in one line: their names, and what they are."""
     alike: dict[str, list[str]] = defaultdict(list)
     for router in routers:
-        rule = "unknown" if router.rule is None else _plain(router.rule)
-        what = (
-            f"{router.kind}, {router.num_experts} experts, {router.top_k} per token; rule: {rule}"
-        )
+        size = f"{router.num_experts} experts, {router.top_k} per token"
+        what = f"{router.kind}, {size}; scoring rule: {rule_line(router.rule)}"
         alike[what].append(router.name)
     return [
         (f"{names[0]} to {names[-1]} ({len(names)})" if len(names) > 3 else ", ".join(names), what)
         for what, names in alike.items()
     ]
+
+
+def rule_line(rule: Mapping[str, Any] | None) -> str:
+    """A scoring rule in one line, without the steps that it does not have."""
+    if rule is None:
+        return "unknown"
+    told_elsewhere = ("top_k", "score_function", "num_tokens", "num_ties", "num_exact")
+    absent = (None, False, 0, 1, "never", "max")
+    steps = [
+        name if value is True else f"{name} {value}"
+        for name, value in rule.items()
+        if name not in told_elsewhere and (value is True or value not in absent)
+    ]
+    checked = f"found on {rule['num_tokens']:,} tokens" if rule.get("num_tokens") else ""
+    return ", ".join(filter(None, [str(rule.get("score_function", "")), *steps, checked]))

@@ -145,7 +145,7 @@ def name_ticks(axes: Axes, which: str, names: Sequence[Any]) -> None:
     texts = [shorten(str(name)) for name in names]
     extent, dpi = axes.get_window_extent(), axes.figure.dpi
     width, height = extent.width / dpi, extent.height / dpi
-    room = height / 0.15 if which == "y" else width / (0.3 if numeric else 0.16)
+    room = height / 0.125 if which == "y" else width / (0.3 if numeric else 0.16)
     step = max(1, int(np.ceil(len(names) / max(room, 1))))
     positions = range(0, len(names), step)
     axis.set_ticks(list(positions), [texts[i] for i in positions])

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moetools.reporting import page
+from moetools.reporting import page, tables
 from moetools.reporting.report import Report
 
 MAX_LAYERS = 24
@@ -22,8 +22,8 @@ def lines(report: Report) -> Iterator[RenderableType]:
         manifest = trace.manifest
         yield Text(f"{trace.name}: {manifest.model}" if several else manifest.model, style="bold")
         groups = f", {len(trace.groups)} groups" if trace.groups else ""
-        size = f"{trace.num_tokens:,} tokens, {trace.num_sequences:,} sequences{groups}"
-        yield Text("; ".join(filter(None, [manifest.coverage, size])))
+        coverage = manifest.coverage or f"{trace.num_tokens:,} tokens"
+        yield Text(f"{coverage}; {trace.num_sequences:,} sequences{groups}")
         if not manifest.complete:
             yield Text("This trace is incomplete.", style="bold")
         unusual, usual = page.split_findings(report.findings[trace.name])
@@ -33,7 +33,7 @@ def lines(report: Report) -> Iterator[RenderableType]:
                 yield Text(heading, style="bold")
                 yield from (_item(finding.text) for finding in found)
         yield Text()
-    table = page.headline_table(report.metrics, [trace.name for trace in report.traces])
+    table = tables.headline_table(report.metrics, [trace.name for trace in report.traces])
     if table.rows:
         yield _rich(table)
     for name, reason in report.results.skipped.items():
@@ -55,7 +55,7 @@ def _item(text: str) -> RenderableType:
     return Padding(grid, (0, 0, 0, 2))
 
 
-def _rich(table: page.Table) -> RenderableType:
+def _rich(table: tables.Table) -> RenderableType:
     step = -(-len(table.rows) // MAX_LAYERS)
     kept = [*table.rows[:-1:step], table.rows[-1]]
     shown = Table(
@@ -67,7 +67,7 @@ def _rich(table: page.Table) -> RenderableType:
     for name in table.names:
         shown.add_column(name)
     for column in table.columns:
-        shown.add_column(" ".join(column), justify="right")
+        shown.add_column(column[0], justify="right", overflow="fold")
     for row in kept:
         shown.add_row(*(Text(cell.text) for cell in row))
     return shown

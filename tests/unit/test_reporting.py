@@ -11,7 +11,7 @@ import moetools
 from moetools.analysis import Finding, rows, tidy
 from moetools.errors import RequestError
 from moetools.files import write_json
-from moetools.reporting import headlines, metrics, page, style
+from moetools.reporting import headlines, metrics, page, style, tables
 from moetools.reporting.report import distinct_names, open_traces, report
 
 HOSTILE = "<script>document.title = 'broken'</script> & $x_{1$"
@@ -104,6 +104,13 @@ def test_thinning_keeps_every_number_but_the_points_of_curves():
     assert len(sizes) == 16
 
 
+def test_thinning_keeps_whole_multiples_of_the_experts_per_token():
+    sizes = np.arange(1, 97)
+    part = rows("lru", "layer", sizes / 96, layer=0, cache_size=sizes, rho=sizes / 6)
+    kept = metrics.thinned(tidy([part], trace="t"), 20)
+    assert list(kept["rho"]) == list(range(1, 17))
+
+
 def test_thinning_without_curves_keeps_the_first_rows():
     table = tidy([rows("gini", "layer", np.zeros(50), layer=np.arange(50))], trace="t")
     assert list(metrics.thinned(table, 10)["layer"]) == list(range(10))
@@ -168,27 +175,94 @@ def test_headlines_are_found_in_the_document(written):
     ],
 )
 def test_numbers_are_short(value, whole, text):
-    assert page.number(value, whole=whole) == text
+    assert tables.number(value, whole=whole) == text
+
+
+def test_columns_show_the_usual_variant_of_every_metric():
+    records = [
+        {"metric": "srp", "value": 1, "m": m, "trace": "t", "layer": 0} for m in (4, 16, 64)
+    ] + [{"metric": f"other_{i}", "value": 1} for i in range(3)]
+    assert tables.main_columns(records) == [
+        ("srp", (("m", 16),)),
+        *((f"other_{i}", ()) for i in range(3)),
+    ]
 
 
 def test_columns_show_every_metric_before_any_twice():
-    records = [
-        {"metric": "srp", "value": 1, "m": m, "trace": "t", "layer": 0} for m in (4, 16, 64)
-    ] + [{"metric": f"other_{i}", "value": 1} for i in range(page.MAX_COLUMNS - 2)]
-    columns = page.main_columns(records)
-    assert len(columns) == page.MAX_COLUMNS
-    assert columns[:2] == [("srp", "m 4"), ("srp", "m 16")]
-    columns = page.main_columns([*records, {"metric": "one_more", "value": 1}])
-    assert ("srp", "m 16") in columns
-    assert ("srp", "m 4") not in columns
+    records = [{"metric": "srp", "value": 1, "kind": kind} for kind in "abcdefghijkl"]
+    assert len(tables.main_columns(records)) == tables.MAX_COLUMNS
+    records += [{"metric": f"other_{i}", "value": 1} for i in range(tables.MAX_COLUMNS - 2)]
+    columns = tables.main_columns(records)
+    assert len(columns) == tables.MAX_COLUMNS
+    assert columns[:3] == [("srp", (("kind", "a"),)), ("srp", (("kind", "b"),)), ("other_0", ())]
+
+
+def made_tables(*parts):
+    document = {"analyses": {"x": {"records": metrics.records(tidy(parts, trace="t"))}}}
+    return tables.section_tables("x", document)
 
 
 def test_long_tables_are_cut_and_say_so():
-    table = tidy([rows("gini", "layer", np.zeros(150), layer=np.arange(150))], trace="t")
-    document = {"analyses": {"x": {"records": metrics.records(table)}}}
-    (shown,) = page.section_tables("x", document, several=False)
-    assert len(shown.rows) == page.MAX_ROWS
-    assert shown.note == "The first 100 of 150 rows."
+    (shown,) = made_tables(rows("gini", "layer", np.zeros(150), layer=np.arange(150)))
+    assert len(shown.rows) == tables.MAX_ROWS
+    assert shown.num_left_out == 50
+
+
+def test_values_of_an_axis_have_columns():
+    sizes = np.arange(1, 33)
+    plain, by_m, by_rho = made_tables(
+        rows("gini", "model", 0.5),
+        rows("srp", "model", [0.7, 0.6, 0.5], m=[4, 16, 64]),
+        rows("lru", "model", sizes / 32, cache_size=sizes, rho=sizes / 2, accounting="paper"),
+        rows("lru", "model", sizes / 33, cache_size=sizes, rho=sizes / 2, accounting="strict"),
+    )
+    assert [row[0].text for row in plain.rows] == ["gini"]
+    assert by_m.columns == [("m 4",), ("m 16",), ("m 64",)]
+    assert [[cell.text for cell in row] for row in by_m.rows] == [
+        ["srp", "0.700", "0.600", "0.500"]
+    ]
+    assert len(by_rho.columns) <= tables.MAX_COLUMNS
+    assert ("rho 2",) in by_rho.columns
+    assert by_rho.names == ("metric", "accounting")
+    assert [row[1].text for row in by_rho.rows] == ["strict", "paper"]
+
+
+def test_rows_of_a_table_are_layers_pairs_of_layers_or_groups():
+    shown = made_tables(
+        rows("gini", "layer", [0.1, 0.2], layer=[0, 1]),
+        rows("nmi", "layer", 0.3, layer=0, layer_b=1),
+        rows("gini", "group", [0.4, 0.5], group=["en", "sw"], m=16),
+        rows("gini", "group", 0.6, group="en", layer=0),
+    )
+    texts = {table.title: [[cell.text for cell in row] for row in table.rows] for table in shown}
+    assert texts == {
+        "By layer": [["0", "0.100"], ["1", "0.200"]],
+        "From layer to layer": [["0", "1", "0.300"]],
+        "By group": [["en", "0.400"], ["sw", "0.500"]],
+    }
+    assert shown[-1].shared == "m 16"
+    assert shown[-1].columns == [("gini",)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        (None, "unknown"),
+        ({"score_function": "softmax", "scale": 1.0, "bias_on": None}, "softmax"),
+        (
+            {"score_function": "sigmoid", "bias_on": "scores", "n_group": 8, "top_k": 8,
+             "uses_expert_scale": True, "num_tokens": 1200},
+            "sigmoid, bias_on scores, n_group 8, uses_expert_scale, found on 1,200 tokens",
+        ),
+    ],
+)  # fmt: skip
+def test_rules_are_told_in_a_line(rule, line):
+    assert page.rule_line(rule) == line
+
+
+def test_models_on_disk_are_called_by_their_folder():
+    assert page.short_name("/data/models/tiny") == "tiny"
+    assert page.short_name("org/name") == "org/name"
 
 
 def test_findings_are_split_by_weight():
@@ -284,7 +358,7 @@ def test_traces_are_compared_side_by_side(tmp_path):
     for seed, name in enumerate(("one/t", "two/t")):
         make_trace(tmp_path / name, seed=seed)
     written = report([tmp_path / "one/t", tmp_path / "two/t"], out=tmp_path / "r", only=["load"])
-    table = page.headline_table(written.metrics, ["one/t", "two/t"])
+    table = tables.headline_table(written.metrics, ["one/t", "two/t"])
     assert table.columns == [("one/t",), ("two/t",)]
     for row in table.rows:
         values = [
