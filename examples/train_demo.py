@@ -96,6 +96,11 @@ class Stage:
         first, last = self.sections
         return round(first + (last - first) * step / self.steps)
 
+    @staticmethod
+    def fact_steps(step: int) -> int:
+        """Number of steps that make an epoch of the facts: they grow dense as the rate falls."""
+        return 15 if step < 100 else 8
+
 
 # ------------------------------------------------------------------------------------ fast kernels
 
@@ -237,7 +242,7 @@ class Batches:
             batch["facts"] = [
                 self.facts[name][i]
                 for name in stage.facts
-                for i in picks[name][: len(picks[name]) // 15]
+                for i in picks[name][: len(picks[name]) // stage.fact_steps(step)]
             ]
         return batch
 
