@@ -33,7 +33,7 @@ and have layer and expert scope only.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
@@ -48,9 +48,8 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
-    layer_rows,
     router_columns,
-    rows,
+    stacked,
 )
 from moetools.cache_curves import (
     COLD,
@@ -77,6 +76,7 @@ sampled."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+Part = dict[str, Any]
 
 
 def columns(trace: TraceStore) -> Sequence[str] | str:
@@ -252,29 +252,40 @@ class ConsistencyState:
 
     def table(self) -> pd.DataFrame:
         """All rows."""
-        parts: list[pd.DataFrame] = []
+        table = stacked(self._parts())
+        return pd.concat([table, stacked(advice(table))], ignore_index=True)
+
+    def _parts(self) -> Iterator[Part]:
         for scope in self.cells.scopes(seed=self.options.seed):
             for kind in dict.fromkeys(router.kind for router in self.routers):
                 routers = [router for router in self.routers if router.kind == kind]
                 prefix = "" if kind == "mlp" else f"{kind}_"
-                parts += self._window_rows(scope, routers, prefix)
-                parts += self._cache_rows(scope, routers, prefix)
+                yield from self._window_parts(scope, routers, prefix)
+                for states in (self.caches, self.foresight):
+                    yield from cache_parts(scope, routers, states, prefix)
                 if scope.group is None:
                     for router in routers:
-                        parts += self._expert_window_rows(router, prefix)
-                    parts += self._expert_cache_rows(routers, prefix)
-            if self.shared.hits:
-                parts += self._shared_rows(scope)
-        table = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True)
-        return pd.concat([table, *advice(table)], ignore_index=True)
+                        yield from self._expert_window_parts(router, prefix)
+                    yield from self._expert_cache_parts(routers, prefix)
+            if scope.group is None and self.shared.hits:
+                yield from curve_rows(
+                    {curve: scope.draws(hits) for curve, hits in self.shared.hits.items()},
+                    self.shared.sizes,
+                    top_k=sum(router.top_k for router in mlp(self.routers)),
+                    scope="model",
+                    pool="shared",
+                    num_tokens=int(self.shared.num_tokens.sum()),
+                )
 
-    def _window_rows(
+    def _window_parts(
         self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
-    ) -> Iterator[pd.DataFrame]:
+    ) -> Iterator[Part]:
         stratum = None if scope.group is None else self.cells.groups.index(scope.group)
-        layers: list[Any] = [router.layer for router in routers]
+        names = [name_of(scope, "layer")] * len(routers)
+        layers: list[float] = [router.layer for router in routers]
         if not prefix:
-            layers.append(pd.NA)
+            names.append(name_of(scope, "model"))
+            layers.append(np.nan)
         for i, window in enumerate(WINDOWS):
             states = [self.windows[router.name][i] for router in routers]
             best = [locality.segment_performance(scope.draws(state.cells)) for state in states]
@@ -295,103 +306,118 @@ class ConsistencyState:
                 chance = np.array([locality.chance_performance(window, r).srp for r in null])
                 metrics[f"srp_chance_{name}"] = (chance[None], (0, 1))
                 metrics[f"srp_adjusted_{name}"] = (locality.adjusted(srp, chance), (-np.inf, 1))
-            num_tokens = int(self.window_tokens[i, scope.cells].sum())
             for name, (values, bounds) in metrics.items():
-                yield layer_rows(
-                    prefix + name, scope, layers, values, bounds=bounds, pool=None, m=window
-                ).assign(num_tokens=num_tokens)
+                low, high = basic_interval(values[0], values[1:], bounds=bounds)
+                yield {
+                    "metric": prefix + name,
+                    "scope": np.array(names, object),
+                    "layer": layers,
+                    "group": scope.group,
+                    "m": window,
+                    "value": values[0],
+                    "low": low,
+                    "high": high,
+                    "num_tokens": int(self.window_tokens[i, scope.cells].sum()),
+                }
 
-    def _expert_window_rows(self, router: TracedRouter, prefix: str) -> Iterator[pd.DataFrame]:
+    def _expert_window_parts(self, router: TracedRouter, prefix: str) -> Iterator[Part]:
         weights = np.zeros((0, self.num_expert_blocks))
         if self.options.expert_intervals:
             weights = replicate_weights(self.expert_blocks, seed=self.options.seed)
         for i, state in enumerate(self.windows[router.name]):
             place = {
+                "scope": "expert",
                 "layer": router.layer,
                 "expert": np.arange(router.num_experts),
                 "m": state.window,
                 "num_tokens": int(self.window_tokens[i].sum()),
             }
-            total = state.experts.sum(axis=0)
-            best = locality.segment_performance(total)
+            best = locality.segment_performance(state.experts.sum(axis=0))
             replicates = [
                 locality.segment_performance(np.tensordot(weights, state.experts[:, e], axes=1))
                 for e in range(router.num_experts)
             ]
-            for name in ("srp", "rho_hat"):
+            for name, most in (("srp", 1), ("rho_hat", np.inf)):
                 value: Floats = getattr(best, name)
-                drawn = np.stack([getattr(r, name) for r in replicates], axis=1)
-                low, high = basic_interval(value, drawn, bounds=(0, 1 if name == "srp" else np.inf))
-                yield rows(prefix + name, "expert", value, low=low, high=high, **place)
+                drawn = np.stack([getattr(found, name) for found in replicates], axis=1)
+                low, high = basic_interval(value, drawn, bounds=(0, most))
+                yield {"metric": prefix + name, "value": value, "low": low, "high": high, **place}
             rates = state.rates(None)
             uniform = np.full_like(rates, router.top_k / router.num_experts)
             for name, null in (("uniform", uniform), ("skewed", rates)):
                 chance = locality.chance_performance(state.window, null[:, None]).srp
-                yield rows(f"{prefix}srp_chance_{name}", "expert", chance, **place)
-                value = locality.adjusted(best.srp, chance)
-                yield rows(f"{prefix}srp_adjusted_{name}", "expert", value, **place)
+                above = locality.adjusted(best.srp, chance)
+                yield {"metric": f"{prefix}srp_chance_{name}", "value": chance, **place}
+                yield {"metric": f"{prefix}srp_adjusted_{name}", "value": above, **place}
 
-    def _cache_rows(
-        self, scope: Scope, routers: Sequence[TracedRouter], prefix: str
-    ) -> Iterator[pd.DataFrame]:
-        largest = max(router.num_experts for router in routers)
-        for states in (self.caches, self.foresight):
-            total: dict[Curve, Floats] = {}
-            for router in routers:
-                state = states[router.name]
-                num_tokens = int(state.num_tokens[scope.cells].sum())
-                draws = {curve: scope.draws(hits) for curve, hits in state.hits.items()}
-                if scope.group is None:
-                    yield from curve_rows(
-                        draws, state.sizes, top_k=router.top_k, prefix=prefix, scope="layer",
-                        layer=router.layer, pool="layer", num_tokens=num_tokens,
-                    )  # fmt: skip
-                for curve, hits in draws.items():
-                    padding = ((0, 0), (0, largest - router.num_experts))
-                    total[curve] = total.get(curve, 0) + np.pad(hits, padding)
-            if not prefix:
-                yield from curve_rows(
-                    total, np.arange(1, largest + 1), cold_miss=scope.group is None,
-                    top_k=max(router.top_k for router in routers),
-                    scope="model" if scope.group is None else "group", group=scope.group,
-                    pool="layer", num_tokens=num_tokens,
-                )  # fmt: skip
-
-    def _shared_rows(self, scope: Scope) -> Iterator[pd.DataFrame]:
-        yield from curve_rows(
-            {curve: scope.draws(hits) for curve, hits in self.shared.hits.items()},
-            self.shared.sizes,
-            top_k=sum(router.top_k for router in mlp(self.routers)),
-            scope="model" if scope.group is None else "group", group=scope.group, pool="shared",
-            num_tokens=int(self.shared.num_tokens[scope.cells].sum()),
-        )  # fmt: skip
-
-    def _expert_cache_rows(
-        self, routers: Sequence[TracedRouter], prefix: str
-    ) -> Iterator[pd.DataFrame]:
+    def _expert_cache_parts(self, routers: Sequence[TracedRouter], prefix: str) -> Iterator[Part]:
         policies = [curve for curve in PRACTICAL if curve.accounting]
         num_rows = len(policies) * sum(router.num_experts**2 for router in routers)
         for router in routers:
             step = router.top_k if num_rows > EXPERT_ROWS else 1
             sizes = np.arange(step, router.num_experts + 1, step)
-            state = self.caches[router.name]
-            cold = state.experts[COLD].cumsum(axis=1)
+            hits = self.caches[router.name].experts
             for curve in policies:
                 kept = sizes[sizes >= router.top_k] if curve.accounting == "strict" else sizes
-                served = (state.experts[curve].cumsum(axis=1) + cold)[:, kept - 1]
                 # With as many slots as experts everything is served: hits and cold fills.
-                total = (state.experts[curve] + state.experts[COLD]).sum(axis=1)
+                served = (hits[curve] + hits[COLD]).cumsum(axis=1)
                 with np.errstate(invalid="ignore"):
-                    value = served / total[:, None]
-                yield rows(
-                    prefix + curve.metric, "expert", value.reshape(-1),
-                    layer=router.layer,
-                    expert=np.repeat(np.arange(router.num_experts), len(kept)),
-                    cache_size=np.tile(kept, router.num_experts),
-                    rho=np.tile(kept / router.top_k, router.num_experts),
-                    accounting=curve.accounting, cold="hit", pool="layer",
-                    num_tokens=int(self.cells.num_tokens.sum()),
-                )  # fmt: skip
+                    value = served[:, kept - 1] / served[:, -1:]
+                yield {
+                    "metric": prefix + curve.metric,
+                    "scope": "expert",
+                    "layer": router.layer,
+                    "expert": np.repeat(np.arange(router.num_experts), len(kept)),
+                    "cache_size": np.tile(kept, router.num_experts),
+                    "rho": np.tile(kept / router.top_k, router.num_experts),
+                    "accounting": curve.accounting,
+                    "cold": "hit",
+                    "pool": "layer",
+                    "value": value.reshape(-1),
+                    "num_tokens": int(self.caches[router.name].num_tokens.sum()),
+                }
+
+
+def name_of(scope: Scope, name: str) -> str:
+    """What the rows' `scope` is: `group` for all that belongs to one."""
+    return name if scope.group is None else "group"
+
+
+def cache_parts(
+    scope: Scope, routers: Sequence[TracedRouter], states: Mapping[str, CacheState], prefix: str
+) -> Iterator[Part]:
+    """Caches of every layer, and of all layers together, from states by router name."""
+    num_tokens = int(states[routers[0].name].num_tokens[scope.cells].sum())
+    if scope.group is None:
+        for router in routers:
+            state = states[router.name]
+            yield from curve_rows(
+                {curve: scope.draws(hits) for curve, hits in state.hits.items()},
+                state.sizes,
+                top_k=router.top_k,
+                prefix=prefix,
+                scope="layer",
+                layer=router.layer,
+                pool="layer",
+                num_tokens=num_tokens,
+            )
+    if not prefix:
+        largest = max(router.num_experts for router in routers)
+        total: dict[Curve, Counts] = {}
+        for router in routers:
+            for curve, hits in states[router.name].hits.items():
+                padding = ((0, 0), (0, largest - router.num_experts))
+                total[curve] = total.get(curve, 0) + np.pad(hits, padding)
+        yield from curve_rows(
+            {curve: scope.draws(hits) for curve, hits in total.items()},
+            np.arange(1, largest + 1),
+            top_k=max(router.top_k for router in routers),
+            cold_miss=scope.group is None,
+            scope=name_of(scope, "model"),
+            group=scope.group,
+            pool="layer",
+            num_tokens=num_tokens,
+        )
 
 
 def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:

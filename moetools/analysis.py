@@ -5,7 +5,7 @@ whole sequences batch by batch, parts can be merged, and `table` turns it into o
 table with one row per number.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -143,6 +143,29 @@ def rows(metric: str, scope: str, value: Any, **columns: Any) -> pd.DataFrame:
     if len(lengths) > 1:
         raise ValueError(f"Columns of {metric} differ in length: {sorted(lengths)}.")
     return pd.DataFrame(data, index=range(lengths.pop() if lengths else 1))
+
+
+def stacked(parts: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of many small parts; much faster than a table for each.
+
+    Args:
+        parts: The columns of each part: numbers, strings or arrays of one length; None and what
+            a part does not have is null.
+    """
+    parts = list(parts)
+    lengths = [max([1, *(len(c) for c in part.values() if np.ndim(c) > 0)]) for part in parts]
+    columns = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part.get(name) for part in parts]
+        is_text = any(isinstance(value, str) for value in values)
+        null, dtype = (None, object) if is_text else (np.nan, np.float64)
+        columns[name] = np.concatenate(
+            [
+                np.broadcast_to(np.asarray(null if value is None else value, dtype), length)
+                for value, length in zip(values, lengths, strict=True)
+            ]
+        )
+    return pd.DataFrame(columns)
 
 
 def layer_rows(

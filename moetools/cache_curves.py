@@ -13,7 +13,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moetools import locality
-from moetools.analysis import rows
 from moetools.intervals import basic_interval
 from moetools.trace_store import TraceBatch
 
@@ -150,8 +149,8 @@ def curve_rows(
     cold_miss: bool = False,
     prefix: str = "",
     **columns: Any,
-) -> Iterator[pd.DataFrame]:
-    """Rows of hit rates by cache size.
+) -> Iterator[dict[str, Any]]:
+    """Parts of a table (`stacked`): hit rates by cache size.
 
     Args:
         draws: [1 + B, N] requests by the smallest of N sizes that serves them, and replicates.
@@ -184,15 +183,22 @@ def curve_rows(
             with np.errstate(invalid="ignore", divide="ignore"):
                 rate = (numerator / total)[:, kept]
             low, high = basic_interval(rate[0], rate[1:], bounds=(0, 1))
-            yield rows(
-                prefix + curve.metric, value=rate[0], low=low, high=high, m=curve.m,
-                accounting=curve.accounting, cold=name, cache_size=sizes[kept],
-                rho=sizes[kept] / top_k, **columns,
-            )  # fmt: skip
+            yield {
+                "metric": prefix + curve.metric,
+                "value": rate[0],
+                "low": low,
+                "high": high,
+                "m": curve.m,
+                "accounting": curve.accounting,
+                "cold": name,
+                "cache_size": sizes[kept],
+                "rho": sizes[kept] / top_k,
+                **columns,
+            }
 
 
-def advice(curves: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Which cache to build, for the model and each layer, from the rows of `curve_rows`."""
+def advice(curves: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Parts of a table: the cache to build for each layer and the model, from all curves."""
     chosen = curves[
         curves["metric"].isin(ADVICE)
         & curves["scope"].isin(("model", "layer"))
@@ -205,6 +211,7 @@ def advice(curves: pd.DataFrame) -> Iterator[pd.DataFrame]:
         if np.isnan(rate).any():
             continue
         place = {
+            "scope": scope,
             "layer": layer,
             "policy": policy,
             "accounting": "strict",
@@ -212,6 +219,6 @@ def advice(curves: pd.DataFrame) -> Iterator[pd.DataFrame]:
             "pool": "layer",
             "num_tokens": curve["num_tokens"].iloc[0],
         }
-        yield rows("cache_knee", scope, float(sizes[locality.knee(rate)]), **place)
-        needed = np.array([float(sizes[np.argmax(rate >= served)]) for served in SERVED])
-        yield rows("cache_size_for", scope, needed, served=np.array(SERVED), **place)
+        yield {"metric": "cache_knee", "value": sizes[locality.knee(rate)], **place}
+        needed = [sizes[np.argmax(rate >= served)] for served in SERVED]
+        yield {"metric": "cache_size_for", "value": needed, "served": SERVED, **place}
