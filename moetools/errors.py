@@ -8,7 +8,7 @@
     ├── TraceError           a trace is unreadable, incomplete, or of another format
     ├── RoutingError         a recorded router produced values that cannot be trusted
     ├── OutputError          the output folder may not be written
-    └── MachineError         the machine failed, not the input (disk full, out of memory): exit code 1
+    └── MachineError         the machine failed, not the input (disk full, no memory): exit code 1
 
 A message says what was expected, what was found and what to do, in the words the user typed.
 Library callers get `ValueError` for arguments that no user input can cause.

@@ -83,6 +83,7 @@ def output_folder(
         resume: Continue an incomplete folder of the same kind.
         resumable: Whether this kind of output can be continued.
         inputs: Paths that the command reads; `out` may be none of them, nor contain one.
+
     Raises:
         OutputError: `out` exists and was not to be replaced, was not written by moetools, is or
             contains an input or the working folder, or is being written by another process.

@@ -336,6 +336,7 @@ class TraceStore:
         path: The trace folder.
         partial: Accept an incomplete trace; only its finished parts are read.
         name: What outputs call this trace; by default its folder's name.
+
     Raises:
         TraceError: Not a trace, of another format version, damaged, or incomplete.
     """
