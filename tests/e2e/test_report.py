@@ -184,17 +184,15 @@ def test_output_folder_rules(trace, tmp_path, capsys):
         assert "input" in error_of(capsys, *arguments, out, "--overwrite")
 
 
-@pytest.mark.slow
 def test_size_limits_hold_for_a_large_model(tmp_path):
+    """58 layers of 256 experts; caches of every size take too long here, see the unit tests."""
     rng = np.random.default_rng(0)
-    num_layers, num_experts, lengths = 58, 256, [30] * 8
-    num_tokens = sum(lengths)
+    num_experts, lengths = 256, [20] * 4
     ids = {
-        f"{layer:02}": synthetic.random_ids(rng, num_tokens, num_experts, 8)
-        for layer in range(num_layers)
+        f"{layer:02}": synthetic.random_ids(rng, sum(lengths), num_experts, 8)
+        for layer in range(58)
     }
-    groups = [f"language {i % 2}" for i in range(len(lengths))]
-    synthetic.write_trace(tmp_path / "t", ids, lengths, num_experts=num_experts, groups=groups)
-    assert run(tmp_path / "t", "--out", tmp_path / "r") == 0
-    assert (tmp_path / "r" / "report.html").stat().st_size < 10e6
-    assert (tmp_path / "r" / "metrics.json").stat().st_size < 6e6
+    synthetic.write_trace(tmp_path / "t", ids, lengths, num_experts=num_experts)
+    assert run(tmp_path / "t", "--out", tmp_path / "r", "--skip", "local_consistency") == 0
+    assert (tmp_path / "r" / "report.html").stat().st_size < 2e6
+    assert (tmp_path / "r" / "metrics.json").stat().st_size < 2e6

@@ -116,6 +116,21 @@ def test_thinning_without_curves_keeps_the_first_rows():
     assert list(metrics.thinned(table, 10)["layer"]) == list(range(10))
 
 
+def test_document_of_a_large_model_is_small():
+    sizes = np.arange(1, 257)
+    layer, size = (axis.ravel() for axis in np.meshgrid(np.arange(58), sizes, indexing="ij"))
+    parts = [
+        rows(metric, "layer", size / 300, layer=layer, cache_size=size, rho=size / 8,
+             accounting=accounting, low=size / 301, high=size / 299, num_tokens=10**9)
+        for metric in ("lru", "lfu", "belady", "sch_cache", "sch_window")
+        for accounting in ("paper", "strict")
+    ]  # fmt: skip
+    kept = metrics.thinned(tidy(parts, trace="t"), metrics.MAX_RECORDS)
+    assert metrics.MAX_RECORDS / 3 < len(kept) <= metrics.MAX_RECORDS
+    assert set(kept["layer"]) == set(range(58))
+    assert len(json.dumps(metrics.records(kept))) < 2e6
+
+
 def test_document_is_what_is_written(written):
     text = (written.path / "metrics.json").read_text(encoding="utf-8")
     document = json.loads(text)
