@@ -188,6 +188,9 @@ def record(options: TraceOptions) -> TraceRun:
     discovery = find_routers(
         empty_model(config, trust_remote_code=options.trust_remote_code), shapes
     )
+    _show_bars(sys.stderr.isatty() and not console.settings.quiet)
+    if checkpoint.path is None:
+        console.note(f"Fetching {options.model} ({checkpoint.num_bytes / 1e9:.1f} GB) ...")
     path = checkpoint.local_path()
     tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     text_config = config.get_text_config()
@@ -238,7 +241,6 @@ def record(options: TraceOptions) -> TraceRun:
         )
         if run.missing:
             console.note(f"Loading {options.model} ({manifest.dtype}, {device}) ...")
-            _show_loading_bar(sys.stderr.isatty() and not console.settings.quiet)
             model = load_model(
                 path,
                 dtype=dtype,
@@ -652,10 +654,13 @@ def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
-def _show_loading_bar(wanted: bool) -> None:
+def _show_bars(wanted: bool) -> None:
+    """Progress bars of the libraries that download and load the model."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+    (enable_progress_bars if wanted else disable_progress_bars)()
 
 
 def _prepare(model: Any) -> None:
