@@ -69,20 +69,25 @@ def _described(trace: TraceStore) -> dict[str, Any]:
 def thinned(table: pd.DataFrame, limit: int) -> pd.DataFrame:
     """At most `limit` rows: first groups within layers go, then points of long curves.
 
-    Of cache curves, whole multiples of the experts per token (`rho`) are kept as long as possible;
-    of any other parameter with many values, every second is left out until the table fits.
+    Of cache curves, the sizes that are whole multiples of the experts per token (`rho`) are kept
+    longest, among them 1, 2 and 4; of another parameter with many values, every second is left
+    out until the table fits.
     """
     if len(table) > limit:
         table = table[~((table["scope"] == "group") & table["layer"].notna())]
-    if len(table) > limit and "rho" in table:
-        table = table[table["rho"].isna() | (table["rho"] % 1 == 0)]
+    if "rho" in table:
+        rho = table["rho"].dropna().unique()
+        powers = 2.0 ** np.arange(16)
+        for kept in (rho[rho % 1 == 0], powers, powers[:3]):
+            if len(table) > limit:
+                table = table[table["rho"].isna() | table["rho"].isin(kept)]
     while len(table) > limit:
         values = {name: table[name].dropna().unique() for name in parameters(table)}
         longest = max(values, key=lambda name: len(values[name]), default=None)
         if longest is None or len(values[longest]) < 4:
             return table.head(limit)
-        name = "rho" if len(values.get("rho", ())) >= 4 else longest
-        table = table[table[name].isna() | table[name].isin(np.sort(values[name])[1::2])]
+        kept = np.sort(values[longest])[1::2]
+        table = table[table[longest].isna() | table[longest].isin(kept)]
     return table
 
 

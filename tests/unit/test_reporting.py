@@ -109,6 +109,8 @@ def test_thinning_keeps_whole_multiples_of_the_experts_per_token():
     part = rows("lru", "layer", sizes / 96, layer=0, cache_size=sizes, rho=sizes / 6)
     kept = metrics.thinned(tidy([part], trace="t"), 20)
     assert list(kept["rho"]) == list(range(1, 17))
+    assert list(metrics.thinned(kept, 10)["rho"]) == [1, 2, 4, 8, 16]
+    assert list(metrics.thinned(kept, 3)["rho"]) == [1, 2, 4]
 
 
 def test_thinning_without_curves_keeps_the_first_rows():
