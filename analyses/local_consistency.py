@@ -16,7 +16,8 @@ Metrics (fractions; `m`, `cache_size` and the like are columns):
 - `lru`, `lfu`, `belady` (`cache_size`, `rho`, `pool`, `accounting`, `cold`): hit rates of caches
   that keep the most recently used experts, the most often used so far, those used again soonest.
 - `cold_fills` (`cache_size`, `rho`, `pool`): share of requests that fill a free slot.
-- `cache_knee` (`policy`): slots per layer after which more slots bring less than average.
+- `cache_knee` (`policy`): slots per layer after which more bring less than average; null where the
+  curve does not bend.
 - `cache_size_for` (`policy`, `served`): slots per layer that serve this share of the requests. Both
   by strict accounting, free slots filled for free, for the model and each layer.
 
@@ -48,7 +49,10 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    each_trace,
     router_columns,
+    select,
+    single,
     stacked,
 )
 from moetools.cache_curves import (
@@ -102,7 +106,7 @@ def limits(trace: TraceStore) -> Sequence[str]:
     """What is sampled."""
     names = ("sch_cache", "The cache that all layers share")
     return [
-        f"{name} is simulated on every {stride}th sequence, to save time."
+        f"{name} is simulated on one sequence in {stride}, to save time."
         for name, stride in zip(names, strides(trace), strict=True)
         if stride > 1
     ]
@@ -142,9 +146,10 @@ class WindowState:
         """[E] how often each expert is selected by the tokens of windows; NaN without windows."""
         chosen = slice(None) if stratum is None else slice(stratum, stratum + 1)
         with np.errstate(invalid="ignore"):
-            return self.selected[chosen].sum(axis=0) / (
+            rates: Floats = self.selected[chosen].sum(axis=0) / (
                 self.window * self.num_windows[chosen].sum()
             )
+        return rates
 
     def merge(self, other: Self) -> None:
         """Add another part."""
@@ -420,22 +425,10 @@ def cache_parts(
         )
 
 
-def select(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
-    """Rows with these values in these columns; None asks for null."""
-    kept = np.full(len(table), True)
-    for name, value in wanted.items():
-        column = table[name] if name in table else pd.Series(None, index=table.index)
-        kept &= (column.isna() if value is None else column == value).fillna(False).to_numpy(bool)
-    return table[kept]
-
-
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
     """SRP by layer, cache curves, groups, and experts."""
     yield from srp_by_layer(table)
-    traces = list(dict.fromkeys(table["trace"]))
-    for trace in traces:
-        suffix = f"_{trace}" if len(traces) > 1 else ""
-        one = table[table["trace"] == trace]
+    for suffix, one in each_trace(table):
         yield from cache_curves(one, suffix)
         yield from srp_by_group(one, suffix)
         yield from srp_by_expert(one, suffix)
@@ -480,32 +473,32 @@ def srp_by_layer(table: pd.DataFrame) -> Iterator[Picture]:
 def cache_curves(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     """Hit rates by cache size with the knee, and the size that each layer needs."""
     curves = select(table, scope="model", pool="layer", accounting="strict", cold="hit")
-    knee = select(table, metric="cache_knee", scope="model", policy="lru")
-    if knee.empty:
+    size = single(table, "cache_size_for", policy="lru", served=0.9)
+    if np.isnan(size):
         return
     figure, axes = style.subplots(1, 2, height=3.2, width_ratios=(3, 2))
     left, right = axes[0]
-    shown = (
-        ("belady", {}, "Belady (knows the future)"),
-        ("sch_cache", {"m": 16}, "SCH (knows 16 tokens ahead)"),
-        ("lru", {}, "LRU (least recently used goes)"),
-        ("lfu", {}, "LFU (least often used goes)"),
+    shown: tuple[tuple[str, int | None, str], ...] = (
+        ("belady", None, "Belady (knows the future)"),
+        ("sch_cache", 16, "SCH (knows 16 tokens ahead)"),
+        ("lru", None, "LRU (least recently used goes)"),
+        ("lfu", None, "LFU (least often used goes)"),
     )
-    for i, (metric, parameters, label) in enumerate(shown):
-        line = select(curves, metric=metric, **parameters)
-        color = style.COLORS[i]
+    for color, (metric, m, label) in zip(style.COLORS, shown, strict=False):
+        line = select(curves, metric=metric, m=m)
         left.plot(line["cache_size"], line["value"], color=color, label=label)
         left.fill_between(
             line["cache_size"].to_numpy(float), line["low"], line["high"],
             color=color, alpha=0.2, lw=0,
         )  # fmt: skip
-    size = knee["value"].iloc[0]
-    rate = select(curves, metric="lru", cache_size=size)["value"].iloc[0]
-    left.plot([size], [rate], "o", color=style.COLORS[2], ms=7)
-    left.axvline(size, color="#999999", lw=0.8, ls="--", zorder=0)
+    knee = single(table, "cache_knee", policy="lru")
+    marked, name = (size, "90 % of requests") if np.isnan(knee) else (knee, "the knee")
+    rate = single(curves, "lru", cache_size=marked)
+    left.plot([marked], [rate], "o", color=style.COLORS[2], ms=7)
+    left.axvline(marked, color="#999999", lw=0.8, ls="--", zorder=0)
     left.annotate(
-        f"knee: {int(size)} experts, {rate:.0%}", (size, rate),
-        xytext=(8, -12), textcoords="offset points",
+        f"{name}: {int(marked)} experts, {rate:.0%}", (marked, rate),
+        xytext=(8, -14), textcoords="offset points",
     )  # fmt: skip
     left.set(xlabel="experts kept per layer", ylabel="requests served", ylim=(0, 1.02))
     left.legend(loc="lower right")
@@ -522,9 +515,9 @@ def cache_curves(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     yield Picture(
         name=f"cache_curves{suffix}",
         caption=(
-            f"A cache of {int(size)} experts per layer serves {rate:.0%} of requests (LRU, at the "
-            "knee). Every sequence starts with an empty cache; filling a free slot costs nothing; "
-            "an expert that the current token needs is never dropped."
+            f"A cache of {int(marked)} experts per layer serves {rate:.0%} of requests (LRU, at "
+            f"{name}). Every sequence starts with an empty cache; filling a free slot costs "
+            "nothing; an expert that the current token needs is never dropped."
         ),
         figure=figure,
     )
@@ -542,8 +535,8 @@ def srp_by_group(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     panel.hlines(y, groups["low"].to_numpy(float), groups["high"].to_numpy(float), lw=2)
     panel.plot(groups["value"], y, "o", label="SRP")
     chance = select(table, metric="srp_chance_skewed", scope="group", layer=None, m=16)
-    chance = chance.set_index("group")["value"].reindex(groups["group"])
-    panel.plot(chance, y, "|", color="#999999", ms=8, label="chance, own frequencies")
+    own = chance.set_index("group")["value"].reindex(groups["group"])
+    panel.plot(own, y, "|", color="#999999", ms=8, label="chance, own frequencies")
     style.name_ticks(panel, "y", list(groups["group"]))
     panel.set(xlabel="SRP, windows of 16 tokens")
     panel.legend(loc="lower right")
@@ -588,16 +581,14 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
 
 def consistency_findings(table: pd.DataFrame) -> Iterator[Finding]:
     """Whether the router keeps its experts, where, and for which group."""
-    values = {
-        name: select(table, metric=name, m=16)
+    srp, chance, total, beyond = (
+        single(table, name, m=16)
         for name in ("srp", "srp_chance_uniform", "srp_adjusted_uniform", "srp_adjusted_skewed")
-    }
-    model = {name: select(found, scope="model")["value"] for name, found in values.items()}
-    if model["srp"].isna().all():
+    )
+    if np.isnan(srp):
         return
-    srp, chance, total, beyond = (float(found.iloc[0]) for found in model.values())
-    low = select(values["srp_adjusted_skewed"], scope="model")["low"].iloc[0]
-    layers = select(values["srp"], scope="layer").sort_values("value", ascending=False)
+    layers = select(table, metric="srp", scope="layer", m=16)
+    layers = layers.sort_values("value", ascending=False)
     steady = total > 0.02
     text = (
         f"The router {'keeps its experts' if steady else 'does not keep its experts'} from token "
@@ -619,13 +610,8 @@ def consistency_findings(table: pd.DataFrame) -> Iterator[Finding]:
             weight=0.6,
             metric="srp_adjusted_skewed",
         )
-    elif steady and np.isnan(low):
-        yield Finding(
-            text="Consistency has no interval here: the trace has too few sequences.",
-            weight=0.2,
-            metric="srp",
-        )
-    groups = select(values["srp"], scope="group", layer=None).sort_values("value")
+    groups = select(table, metric="srp", scope="group", layer=None, m=16).sort_values("value")
+    groups = groups.dropna(subset="value")
     if len(groups) > 1:
         least, most = groups.iloc[0], groups.iloc[-1]
         apart = bool(most["low"] > least["high"])
@@ -649,10 +635,10 @@ def cache_findings(table: pd.DataFrame) -> Iterator[Finding]:
     num_experts = int(curves["cache_size"].max())
 
     def size(policy: str, served: float) -> int:
-        return int(select(sizes, policy=policy, served=served)["value"].iloc[0])
+        return int(single(sizes, "cache_size_for", policy=policy, served=served))
 
     def rate(policy: str, slots: int) -> float:
-        return float(select(curves, metric=policy, cache_size=slots)["value"].iloc[0])
+        return single(curves, policy, cache_size=slots)
 
     needed = size("lru", 0.9)
     yield Finding(
@@ -664,15 +650,14 @@ def cache_findings(table: pd.DataFrame) -> Iterator[Finding]:
         weight=max(0.1, 1 - needed / num_experts),
         metric="lru",
     )
-    knee = int(select(table, metric="cache_knee", scope="model", policy="lru")["value"].iloc[0])
-    yield Finding(
-        text=(
-            f"The knee of the LRU curve is at {knee} experts per layer: {rate('lru', knee):.0%} of "
-            f"requests (Belady {rate('belady', knee):.0%})."
-        ),
-        weight=0.3,
-        metric="cache_knee",
+    knee = single(table, "cache_knee", policy="lru")
+    bend = (
+        "The LRU curve has no knee: each further expert kept brings about as much as the last."
+        if np.isnan(knee)
+        else f"The knee of the LRU curve is at {int(knee)} experts per layer: "
+        f"{rate('lru', int(knee)):.0%} of requests (Belady {rate('belady', int(knee)):.0%})."
     )
+    yield Finding(text=bend, weight=0.3, metric="cache_knee")
 
 
 ANALYSIS = Analysis(

@@ -130,7 +130,7 @@ class CacheState:
     def _add(self, curve: Curve, selections: locality.Selections, cell: Counts) -> None:
         sequences, experts = curve.hits(selections)
         np.add.at(self._hits[curve], cell, np.add.reduceat(sequences, self.starts, axis=1))
-        if curve in self._experts:
+        if curve in self._experts and experts is not None:
             self._experts[curve] += experts
 
     def merge(self, other: Self) -> None:
@@ -219,6 +219,7 @@ def advice(curves: pd.DataFrame) -> Iterator[dict[str, Any]]:
             "pool": "layer",
             "num_tokens": curve["num_tokens"].iloc[0],
         }
-        yield {"metric": "cache_knee", "value": sizes[locality.knee(rate)], **place}
+        knee = locality.knee(rate)
+        yield {"metric": "cache_knee", "value": None if knee is None else sizes[knee], **place}
         needed = [sizes[np.argmax(rate >= served)] for served in SERVED]
         yield {"metric": "cache_size_for", "value": needed, "served": SERVED, **place}

@@ -59,7 +59,9 @@ class Selections:
         """
         if num_experts > np.iinfo(np.uint16).max:
             raise ValueError(f"{num_experts} experts are more than the supported 65535.")
-        plain = np.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+        plain = ids.astype(f"u{ids.dtype.itemsize}", copy=False)  # negative ones become large
+        if num_experts <= np.iinfo(plain.dtype).max:
+            plain = np.minimum(plain, num_experts)
         plain = np.ascontiguousarray(plain, dtype=np.uint16)
         token = int(_first_repeat(plain, num_experts))
         if token >= 0:
@@ -496,11 +498,13 @@ def _fill(ids, offsets, sequences, experts):  # type: ignore[no-untyped-def]
                     distinct += 1
 
 
-def knee(rate: ArrayLike) -> int:
+def knee(rate: ArrayLike, *, least: float = 0.02) -> int | None:
     """Where a rising curve bends: the index that lies highest above the chord of its ends.
 
     Args:
         rate: [N] hit rates of evenly spaced cache sizes.
+        least: A curve that nowhere rises higher above its chord has no knee.
     """
     rate = np.asarray(rate, dtype=np.float64)
-    return int(np.argmax(rate - np.linspace(rate[0], rate[-1], len(rate))))
+    above = rate - np.linspace(rate[0], rate[-1], len(rate))
+    return int(above.argmax()) if above.max() > least else None

@@ -266,3 +266,8 @@ def test_an_unknown_policy_is_refused():
 
 def test_knee_of_a_bent_line():
     assert knee([0.1, 0.5, 0.8, 0.85, 0.9, 1.0]) == 2
+
+
+@pytest.mark.parametrize("rate", [[0.1, 0.4, 0.7, 1.0], [0.1, 0.2, 0.3, 1.0], [1.0]])
+def test_a_straight_or_hollow_line_has_no_knee(rate):
+    assert knee(rate) is None
