@@ -28,9 +28,10 @@ ORDER = ("load", "entropy", "local_consistency", "specialization", "co_activatio
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Image:
-    """A picture ready to be written."""
+    """A picture ready to be written; `trace` is set if it shows one of several."""
 
     name: str
+    trace: str
     caption: str
     uri: str
 

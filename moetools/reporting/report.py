@@ -171,15 +171,23 @@ def draw(
     images: dict[str, list[page.Image]] = {}
     with style.applied():
         for name, table in tables.items():
+            traces = list(dict.fromkeys(table["trace"]))
             images[name] = [
                 page.Image(
                     name=picture.name,
+                    trace=own_trace(picture.name, traces),
                     caption=picture.caption,
                     uri=style.data_uri(picture.figure),
                 )
                 for picture in analyses[name].plots(table)
             ]
     return images
+
+
+def own_trace(picture: str, traces: Sequence[str]) -> str:
+    """Of several traces the one that a picture is about (`analysis.each_trace`), or nothing."""
+    own = [trace for trace in traces if picture.endswith(f"_{trace}")]
+    return max(own, key=len) if own and len(traces) > 1 else ""
 
 
 def write_tables(folder: Path, tables: dict[str, pd.DataFrame], *, csv: bool) -> None:

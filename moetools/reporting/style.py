@@ -133,7 +133,11 @@ def heatmap(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         name_ticks(axes, "x", columns)
-    bar = axes.figure.colorbar(image, ax=axes, label=label, pad=0.015, extend=outside)
+    height = axes.get_window_extent().height / axes.figure.dpi
+    bar = axes.figure.colorbar(
+        image, ax=axes, label=label, pad=0.015, extend=outside, aspect=max(10, 8 * height),
+        extendfrac=0.03,
+    )  # fmt: skip
     bar.outline.set_visible(False)
 
 

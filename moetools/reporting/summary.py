@@ -35,7 +35,9 @@ def lines(report: Report) -> Iterator[RenderableType]:
         yield Text()
     table = tables.headline_table(report.metrics, [trace.name for trace in report.traces])
     if table.rows:
-        yield _rich(table)
+        step = -(-len(table.rows) // MAX_LAYERS)
+        yield Text(table.title + (f", one of {step} shown" if step > 1 else ""), style="bold")
+        yield _rich(table, step)
     for name, reason in report.results.skipped.items():
         yield Text(f"Not run: {name}. {reason}")
     yield Text(f"Report: {report.path / 'report.html'}")
@@ -55,19 +57,12 @@ def _item(text: str) -> RenderableType:
     return Padding(grid, (0, 0, 0, 2))
 
 
-def _rich(table: tables.Table) -> RenderableType:
-    step = -(-len(table.rows) // MAX_LAYERS)
-    kept = [*table.rows[:-1:step], table.rows[-1]]
-    shown = Table(
-        title=table.title + (f", one of {step} shown" if step > 1 else ""),
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-    )
+def _rich(table: tables.Table, step: int) -> RenderableType:
+    shown = Table(box=None, padding=(0, 1, 0, 0))
     for name in table.names:
         shown.add_column(name)
     for column in table.columns:
         shown.add_column(column[0], justify="right", overflow="fold")
-    for row in kept:
+    for row in [*table.rows[:-1:step], table.rows[-1]]:
         shown.add_row(*(Text(cell.text) for cell in row))
     return shown

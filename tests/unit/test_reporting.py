@@ -12,7 +12,7 @@ from moetools.analysis import Finding, rows, tidy
 from moetools.errors import RequestError
 from moetools.files import write_json
 from moetools.reporting import headlines, metrics, page, style, tables
-from moetools.reporting.report import distinct_names, open_traces, report
+from moetools.reporting.report import distinct_names, open_traces, own_trace, report
 
 HOSTILE = "<script>document.title = 'broken'</script> & $x_{1$"
 
@@ -352,6 +352,13 @@ def test_crowded_ticks_are_thinned():
 def test_names_of_traces_differ(tmp_path):
     assert distinct_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
     assert distinct_names([tmp_path / "a" / "t", tmp_path / "b" / "t"]) == ["a/t", "b/t"]
+
+
+def test_pictures_of_one_trace_are_told_apart():
+    assert own_trace("load_by_expert_a", ["a", "b"]) == "a"
+    assert own_trace("load_by_expert_b_a", ["a", "b_a"]) == "b_a"
+    assert own_trace("load_by_layer", ["a", "b"]) == ""
+    assert own_trace("load_by_layer", ["layer"]) == ""
 
 
 def test_engines_are_never_mixed(tmp_path):
