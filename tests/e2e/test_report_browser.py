@@ -108,6 +108,28 @@ def test_console_errors_would_be_seen(dump, written, tmp_path):
     assert any("Content Security Policy" in line for line in logged)
 
 
+def test_a_click_on_a_heading_sorts_its_table(dump, written, tmp_path):
+    html = (written.path / "report.html").read_text(encoding="utf-8")
+    click = "for (const button of document.querySelectorAll('#load table th:nth-child(2) button'))"
+    for name, clicks in (("up", "button.click();"), ("down", "button.click(); button.click();")):
+        path = tmp_path / f"{name}.html"
+        changed = html.replace("default-src 'none'", "img-src data:").replace("script-src", "x-src")
+        path.write_text(
+            changed.replace("</body>", f"<script>{click} {{ {clicks} }}</script></body>"),
+            encoding="utf-8",
+        )
+        page, logged = dump(path)
+        assert not [line for line in logged if "Uncaught" in line or "Refused" in line]
+        values = [
+            float(number["data-value"])
+            for number in page.numbers
+            if number["data-metric"] == "load_max_over_mean"
+        ]
+        of_layers = values[-5:-2]
+        assert of_layers == sorted(of_layers, reverse=name == "down")
+        assert len(set(of_layers)) == 3
+
+
 def test_numbers_on_the_page_are_those_of_the_document(rendered, written):
     page, _ = rendered
     document = json.loads((written.path / "metrics.json").read_text(encoding="utf-8"))
