@@ -538,7 +538,7 @@ def srp_by_group(table: pd.DataFrame, suffix: str) -> Iterator[Picture]:
     own = chance.set_index("group")["value"].reindex(groups["group"])
     panel.plot(own, y, "|", color="#999999", ms=8, label="chance, own frequencies")
     style.name_ticks(panel, "y", list(groups["group"]))
-    panel.set(xlabel="SRP, windows of 16 tokens")
+    panel.set(xlabel="SRP, windows of 16 tokens", ylim=(-0.6, len(groups) - 0.4))
     panel.legend(loc="lower right")
     yield Picture(
         name=f"srp_by_group{suffix}",
