@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (  # type: ignore[attr-defined]
+from huggingface_hub.utils import (
     build_hf_headers,
     hf_raise_for_status,
     http_stream_backoff,
@@ -97,7 +97,7 @@ class HubRepository:
     def names(self) -> list[str] | None:
         """All files of the repository; None when it cannot be asked."""
         try:
-            return HfApi().list_repo_files(self.repo_id, revision=self.commit)
+            return list(HfApi().list_repo_files(self.repo_id, revision=self.commit))
         except (HTTP_ERROR, OSError):
             return None
 
