@@ -1,16 +1,15 @@
 """Record, analyse and edit the routers of pretrained Mixture-of-Experts language models."""
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moetools.reporting.report import report
     from moetools.tracing import trace
 
-__all__ = ["__version__", "report", "trace"]
+    __version__: str
 
-__version__ = version("moetools")
+__all__ = ["__version__", "report", "trace"]
 
 _VERBS = {"report": "moetools.reporting.report", "trace": "moetools.tracing"}
 """Where each verb of the library lives; imported on first use."""
@@ -19,4 +18,8 @@ _VERBS = {"report": "moetools.reporting.report", "trace": "moetools.tracing"}
 def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return getattr(importlib.import_module(_VERBS[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moetools")
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
