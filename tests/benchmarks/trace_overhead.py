@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from moetools import console
-from moetools.architectures import RouterSpec, find_routers
+from moetools.architectures import find_routers
 from moetools.batching import TokenSequence
 from moetools.hooks import RouterRecorder, _Recording
 from moetools.trace_store import TracedRouter, TraceManifest, TraceWriter, read_manifest
@@ -31,6 +31,7 @@ from moetools.tracing import TraceOptions, _padded, _Run
 NUM_BATCHES = 4
 BATCH = {"cpu": 2, "cuda": 32}
 LENGTH = {"cpu": 256, "cuda": 512}
+RECORDED = 2048
 RATIO = 1.03
 MICROSECONDS = 3.0
 
@@ -38,13 +39,7 @@ MICROSECONDS = 3.0
 def main(device: str) -> int:
     console.settings.quiet = True
     batch_size, length = BATCH[device], LENGTH[device]
-    config = OlmoeConfig(
-        vocab_size=8192, hidden_size=1024, intermediate_size=256, num_hidden_layers=16,
-        num_attention_heads=8, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8,
-        pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = OlmoeForCausalLM(config).eval()
+    model = olmoe(hidden_size=1024, intermediate_size=256)
     model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
     specs = find_routers(model, None).routers
     generator = np.random.default_rng(0)
@@ -102,7 +97,7 @@ def main(device: str) -> int:
         for clock in (0, 1)
     )
     bare = statistics.median(bare for (bare, _), _ in pairs)
-    hooks = recorder_seconds(model, specs, batches[0]) / num_tokens * 1e6
+    hooks = recorder_seconds(olmoe(hidden_size=64, intermediate_size=16)) / RECORDED * 1e6
     print(
         f"plain forward pass: {num_tokens / bare:,.0f} tokens/s, {torch.get_num_threads()} threads"
     )
@@ -117,34 +112,51 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def recorder_seconds(
-    model: OlmoeForCausalLM, specs: Sequence[RouterSpec], batch: list[TokenSequence]
-) -> float:
-    """Seconds that hooks and hand-over of one batch take in the forward thread."""
-    ids, mask = _padded([sequence.token_ids for sequence in batch])
+def olmoe(*, hidden_size: int, intermediate_size: int) -> OlmoeForCausalLM:
+    config = OlmoeConfig(
+        vocab_size=8192, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8, num_experts=64,
+        num_experts_per_tok=8, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(config).eval()
+
+
+def recorder_seconds(model: OlmoeForCausalLM) -> float:
+    """Processor seconds of hooks and hand-over in the forward thread, for one batch of a CPU.
+
+    Hooks keep references and copy nothing, so a model with the same routers and small experts
+    tells what they cost. The median of several batches.
+    """
     seconds = 0.0
 
     def timed(call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal seconds
-            begin = time.perf_counter()
+            begin = time.thread_time()
             result = call(*args, **kwargs)
-            seconds += time.perf_counter() - begin
+            seconds += time.thread_time() - begin
             return result
 
         return run
 
     for name in ("_router_ran", "_experts_called"):
         setattr(_Recording, name, timed(getattr(_Recording, name)))
+    ids = torch.randint(2, 8192, (RECORDED // 512, 512))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    measured = []
+    specs = find_routers(model, None).routers
     with (
         torch.inference_mode(),
         RouterRecorder(model, specs, keep=frozenset({"logits"})) as recorder,
     ):
-        timed(recorder.begin)(num_tokens=ids.numel(), mask=mask)
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-        synchronize(model.device.type)  # `take` waits for the device, which is not its own time
-        timed(recorder.take)()
-    return seconds
+        for _ in range(7):
+            seconds = 0.0
+            timed(recorder.begin)(num_tokens=ids.numel(), mask=mask)
+            model.base_model(input_ids=ids, use_cache=False)
+            timed(recorder.take)()
+            measured.append(seconds)
+    return statistics.median(measured)
 
 
 if __name__ == "__main__":
