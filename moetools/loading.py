@@ -1,5 +1,6 @@
 """Build a model without weights, or load one, ready for recording its routers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def text_config(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     return text if isinstance(text, model_class.config_class) else config
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """How accelerate spreads a model over devices, memory and disk.
+
+    Attributes:
+        folder: For what lies on disk.
+        max_memory: Bytes by device; None for what accelerate finds free.
+    """
+
+    folder: Path
+    max_memory: dict[int | str, int] | None = None
+
+
 def load_model(
     path: str | Path,
     *,
@@ -70,6 +84,7 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     experts_implementation: str | None = None,
+    spread: Spread | None = None,
 ) -> PreTrainedModel:
     """Load a local checkpoint for recording: safetensors only, in evaluation mode.
 
@@ -85,6 +100,7 @@ def load_model(
         trust_remote_code: Run code that the checkpoint brings along.
         attention: `attn_implementation` of transformers; None for its own choice.
         experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None for the choice above.
+        spread: Where the parts go of a model that does not fit on the device.
 
     Raises:
         CheckpointError: Files are damaged, or tensors that the model needs are missing.
@@ -99,6 +115,12 @@ def load_model(
         "attn_implementation": attention,
         "experts_implementation": experts_implementation,
     }
+    if spread is not None:
+        options |= {
+            "device_map": "auto",
+            "max_memory": spread.max_memory,
+            "offload_folder": str(spread.folder),
+        }
     options = {name: value for name, value in options.items() if value is not None}
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     try:
@@ -118,4 +140,4 @@ def load_model(
             f"{path}: {len(missing)} tensors of the model are not in the checkpoint, the first is "
             f"{missing[0]}."
         )
-    return model.to(device).eval()
+    return (model if spread is not None else model.to(device)).eval()

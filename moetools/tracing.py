@@ -15,7 +15,10 @@ are rare, too. `--dtype`, `--experts-implementation` and `--batch-tokens` decide
 """
 
 import importlib.metadata
+import importlib.util
+import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -47,7 +50,7 @@ from moetools.checkpoint import Checkpoint
 from moetools.errors import ArchitectureError, MachineError, RequestError, RoutingError, TraceError
 from moetools.files import check_output, output_folder
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
-from moetools.loading import empty_model, load_model
+from moetools.loading import Spread, empty_model, load_model
 from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
 from moetools.trace_store import (
@@ -68,12 +71,12 @@ KEEPS = ("logits", "inputs", "norms", "predictions", "nll")
 SAMPLED = ("logits", "inputs", "norms")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEQUENCE_LENGTH = 512
-EXPERTS = {"cpu": "eager"}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 LOGITS_PER_BATCH = 1 << 29
 PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 16, "mps": 1 << 15}
 PART_BYTES = 1 << 29
 MEMORY_SHARE = 0.8
+OFFLOAD = "offload"
 PENDING_WRITES = 4
 
 Array = NDArray[Any]
@@ -100,8 +103,7 @@ class TraceOptions:
         seed: Of that draw.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `auto` or a name of `DTYPES`.
-        experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None is eager on a CPU and
-            else what transformers chooses.
+        experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None as in `load_model`.
         trust_remote_code: Run code that comes with the checkpoint.
         allow_nan: Record NaN instead of stopping.
         resume: Continue an interrupted trace.
@@ -212,7 +214,8 @@ def record(options: TraceOptions) -> TraceRun:
         max_sequences=options.max_sequences,
         max_tokens=options.max_tokens,
     )
-    dtype = _dtype(options.dtype, device, checkpoint)
+    num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    dtype = _dtype(options.dtype, device, num_parameters)
     manifest = TraceManifest(
         model=options.model,
         revision=checkpoint.revision,
@@ -248,14 +251,17 @@ def record(options: TraceOptions) -> TraceRun:
         )
         if run.missing:
             console.note(f"Loading {options.model} ({manifest.dtype}, {device}) ...")
-            model = load_model(
-                path,
-                dtype=dtype,
-                device=device,
-                trust_remote_code=options.trust_remote_code,
-                experts_implementation=manifest.plan["experts_implementation"],
-            )
-            run.record(model)
+            with _scratch(folder.path / OFFLOAD) as scratch:
+                num_bytes = num_parameters * dtype.itemsize
+                model = load_model(
+                    path,
+                    dtype=dtype,
+                    device=device,
+                    trust_remote_code=options.trust_remote_code,
+                    experts_implementation=options.experts_implementation,
+                    spread=_spread(options.model, num_bytes, device, scratch),
+                )
+                run.record(model)
         run.finish()
     return TraceRun(
         store=TraceStore(options.out),
@@ -319,25 +325,35 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the run, checked against the memory of the device."""
-    if name != "auto" and name not in DTYPES:
+def _dtype(name: str, device: torch.device, num_parameters: int) -> torch.dtype:
+    if name == "auto":
+        fits = device.type == "cpu" and num_parameters * 4 <= _memory(device)
+        return torch.float32 if fits else torch.bfloat16
+    if name not in DTYPES:
         raise RequestError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}.")
-    num_parameters = sum(int(np.prod(info.shape)) for info in checkpoint.tensors.values())
+    return DTYPES[name]
+
+
+def _spread(model: str, num_bytes: int, device: torch.device, folder: Path) -> Spread | None:
+    """How to place a model that is larger than the memory of the device; None where it fits.
+
+    Raises:
+        MachineError: It does not fit, and accelerate is not installed.
+    """
     memory = _memory(device)
-    if name != "auto":
-        dtype = DTYPES[name]
-    elif device.type != "cpu" or num_parameters * 4 > memory:
-        dtype = torch.bfloat16
-    else:
-        dtype = torch.float32
-    needed = num_parameters * dtype.itemsize
-    if needed > memory:
+    if num_bytes <= memory:
+        return None
+    if importlib.util.find_spec("accelerate") is None:
         raise MachineError(
-            f"{checkpoint.name} needs {needed / 1e9:.1f} GB in {_name(dtype)}; {device} offers "
-            f"{memory / 1e9:.1f} GB. Choose another --device or a smaller --dtype."
+            f"{model} takes {num_bytes / 1e9:.1f} GB; {device} offers {memory / 1e9:.1f} GB. "
+            "`pip install accelerate` lets it use other devices, memory and disk; or choose a "
+            "smaller --dtype."
         )
-    return dtype
+    console.note(
+        f"{num_bytes / 1e9:.1f} GB do not fit in the {memory / 1e9:.1f} GB of {device}: accelerate "
+        "spreads the model over devices, memory and disk. A large --batch-tokens helps."
+    )
+    return Spread(folder=folder, max_memory={"cpu": int(memory)} if device.type == "cpu" else None)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -435,7 +451,7 @@ def _plan(
         "part_tokens": options.part_tokens,
         "keep_tokens": options.keep_tokens,
         "allow_nan": options.allow_nan,
-        "experts_implementation": options.experts_implementation or EXPERTS.get(device.type),
+        "experts_implementation": options.experts_implementation,
         "sha256": fingerprint(sequences),
     }
 
@@ -529,6 +545,9 @@ class _Run:
         keep = frozenset({"logits", *self._manifest.keep} & {*SAMPLED})
         has_head = bool({"nll", "predictions"} & set(self._manifest.keep))
         _prepare(model)
+        self._input_device = model.get_input_embeddings().weight.device
+        if self._input_device.type == "meta":
+            self._input_device = torch.device(self._manifest.device)
         forward = model if has_head else model.base_model
         total = self._manifest.num_tokens
         missing = sum(self._length(self._parts[number]) for number in self.missing)
@@ -586,7 +605,7 @@ class _Run:
         """Results by router and, with a language-model head, its outputs."""
         lengths = [len(self._sequences[number].token_ids) for number in batch]
         input_ids, mask = _padded([self._sequences[number].token_ids for number in batch])
-        device = forward.device
+        device = self._input_device
         arguments = {"input_ids": input_ids.to(device), "use_cache": False}
         if not mask.all():
             arguments["attention_mask"] = mask.long().to(device)
@@ -659,6 +678,15 @@ class _Run:
 
 def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that may be made and filled, and is gone afterwards."""
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _show_bars(wanted: bool) -> None:
@@ -807,9 +835,16 @@ def _tensor(model: Any, name: str | None) -> Tensor | None:
     """A parameter or buffer by its path."""
     if name is None:
         return None
-    module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(module), leaf)
-    return tensor.detach()
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor: Tensor = getattr(module, leaf)
+    if not tensor.is_meta:
+        return tensor.detach()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        loaded: Tensor = getattr(module, leaf)
+        return loaded.detach().clone()
 
 
 class _PartRows:

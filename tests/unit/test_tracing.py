@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import moetools
 from moetools.batching import load_tokenizer
-from moetools.errors import RoutingError, TraceError
+from moetools.errors import MachineError, RoutingError, TraceError
 from moetools.trace_store import TraceStore
 from moetools.tracing import TraceOptions, record, row_bytes
 
@@ -337,6 +337,34 @@ def test_allow_nan_records_and_notes(tmp_path, parallel_texts):
     assert np.isnan(tokens["weights.01"]).any(axis=1).sum() == run.num_nan_tokens > 0
     assert not np.isnan(tokens["weights.00"]).any()
     assert str(run.num_nan_tokens) in run.store.manifest.notes[0]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_a_model_larger_than_memory_is_traced_from_disk(
+    tmp_path, parallel_texts, family, monkeypatch, capsys
+):
+    pytest.importorskip("accelerate")
+    path = tmp_path / "model"
+    save_tiny(family, path, vocab_size=258)
+    save_byte_tokenizer(path)
+
+    def trace(name):
+        options = {"data": str(parallel_texts), "max_tokens": 300, "device": "cpu"}
+        return moetools.trace(path, out=tmp_path / name, dtype="float32", **options)
+
+    whole = trace("whole")
+    size = (path / "model.safetensors").stat().st_size
+    monkeypatch.setattr("moetools.tracing._memory", lambda device: size / 2)
+    capsys.readouterr()
+    spread = trace("spread")
+    assert "spreads the model over devices, memory and disk" in capsys.readouterr().err
+    assert spread.routers == whole.routers
+    assert_same(whole.path, spread.path)
+    assert not (spread.path / "offload").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match="pip install accelerate"):
+        trace("refused")
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "jetmoe", "qwen3_next"])
