@@ -199,7 +199,7 @@ def start(*arguments):
 
 @pytest.mark.slow
 def test_two_writers_and_an_interrupt(refused, capsys, tmp_path, tiny_checkpoint, parallel_rows):
-    rows = [{**row, "text": f"{n} {row['text']}"} for n in range(150) for row in parallel_rows]
+    rows = [{**row, "text": f"{n} {row['text']}"} for n in range(50) for row in parallel_rows]
     data = write_rows(tmp_path / "long.jsonl", rows)
     trace = tmp_path / "trace"
     command = (
