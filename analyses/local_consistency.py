@@ -615,13 +615,17 @@ def consistency_findings(table: pd.DataFrame) -> Iterator[Finding]:
     if len(groups) > 1:
         least, most = groups.iloc[0], groups.iloc[-1]
         apart = bool(most["low"] > least["high"])
+        floors = select(table, metric="srp_chance_skewed", scope="group", layer=None, m=16)
+        own = floors.set_index("group")["value"]
+        beyond = most["value"] - least["value"] - (own[most["group"]] - own[least["group"]])
         yield Finding(
             text=(
                 f"Local consistency is {'higher' if apart else 'about as high'} in {most['group']} "
                 f"(SRP {most['value']:.2f}) {'than' if apart else 'as'} in {least['group']} "
-                f"({least['value']:.2f}), windows of 16 tokens."
+                f"({least['value']:.2f}), windows of 16 tokens; how often each group uses each "
+                f"expert explains {own[most['group']]:.2f} and {own[least['group']]:.2f} of it."
             ),
-            weight=min(1.0, 4 * float(most["value"] / least["value"] - 1)) if apart else 0.1,
+            weight=min(1.0, max(0.1, 8 * float(beyond))) if apart else 0.1,
             metric="srp",
         )
 
