@@ -10,6 +10,7 @@ settings.load_profile("moetools")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PYTHONSAFEPATH"] = "1"  # children import the installed package, not the source tree
 
 SENTENCES = {
     "en": "All human beings are born free and equal in dignity and rights.",
