@@ -70,7 +70,7 @@ def start(trace: TraceStore, options: Options) -> "CoActivationState":
     return CoActivationState(mlp_routers(trace))
 
 
-def columns(trace: TraceStore) -> Sequence[str] | str:
+def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     """Selections."""
     routers = mlp_routers(trace)
     if not routers:

@@ -54,7 +54,7 @@ def start(trace: TraceStore, options: Options) -> "EntropyState":
     return EntropyState(mlp_routers(trace), trace.groups, options)
 
 
-def columns(trace: TraceStore) -> Sequence[str] | str:
+def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     """Selections, and the sums of probabilities where the rule is known."""
     routers = mlp_routers(trace)
     if not routers:

@@ -66,7 +66,7 @@ def start(trace: TraceStore, options: Options) -> "LoadState":
     return LoadState(trace.routers, trace.groups, options)
 
 
-def columns(trace: TraceStore) -> Sequence[str] | str:
+def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     """Selections and weights."""
     return router_columns(trace, "experts") + router_columns(trace, "weights")
 

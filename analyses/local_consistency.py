@@ -83,7 +83,7 @@ Counts = NDArray[np.int64]
 Part = dict[str, Any]
 
 
-def columns(trace: TraceStore) -> Sequence[str] | str:
+def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     """Selections of every router."""
     return router_columns(trace, "experts")
 

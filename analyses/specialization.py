@@ -82,7 +82,7 @@ def start(trace: TraceStore, options: Options) -> "SpecializationState":
     )
 
 
-def columns(trace: TraceStore) -> Sequence[str] | str:
+def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     """Selections, token ids, and predictions where kept."""
     routers = mlp_routers(trace)
     if not routers:

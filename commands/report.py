@@ -24,6 +24,31 @@ def report(
     partial: Annotated[
         bool, typer.Option("--partial", help="Read what is there of an incomplete trace.")
     ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="The traced checkpoint, for analyses that need weights. Repeatable.",
+        ),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            help="json object or csv (group, score): accuracy of each language, to be set against "
+            "its routing.",
+        ),
+    ] = None,
+    step_from: Annotated[
+        str | None,
+        typer.Option(
+            "--step-from",
+            metavar="name|manifest",
+            help="The traces follow one training run; the step is the last number in the trace's "
+            "name, or in the traced model's.",
+        ),
+    ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Write the tables as CSV too.")] = False,
     expert_intervals: Annotated[
         bool,
@@ -47,6 +72,9 @@ def report(
         csv=csv,
         expert_intervals=expert_intervals,
         seed=seed,
+        models=model or (),
+        scores=scores if scores is not None else {},
+        step_from=step_from,
         overwrite=overwrite,
     )
     if json:

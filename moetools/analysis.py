@@ -6,7 +6,7 @@ table with one row per number.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -21,6 +21,8 @@ from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from moetools.checkpoint import Checkpoint
+
 KEY_COLUMNS = (
     "trace", "step", "metric", "scope", "layer", "expert", "group",
     "layer_b", "expert_b", "group_b",
@@ -34,10 +36,22 @@ SCOPES = ("model", "group", "layer", "expert", "pair", "token")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What every analysis is told."""
+    """What every analysis is told.
+
+    Attributes:
+        seed: Seed of everything random.
+        expert_intervals: Intervals for single experts too.
+        models: Opened checkpoints, for analyses that need weights (`model_of`).
+        scores: A score of each group, such as its accuracy; to be set against its routing.
+        reference: The trace that the others are compared with; None for a trace on its own, and
+            for the reference itself.
+    """
 
     seed: int = 0
     expert_intervals: bool = False
+    models: tuple["Checkpoint", ...] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    reference: TraceStore | None = None
 
 
 class State(Protocol):
@@ -91,16 +105,19 @@ class Analysis:
         plots: Pictures of the finished table (of one or several traces).
         findings: Sentences for the summary, from the finished table of one trace.
         limits: Sentences on what it leaves out for this trace, with the reason.
+        across: From the finished table of several traces, the rows that are about more than one
+            of them; each names in `trace` the one that it belongs to.
     """
 
     title: str
     source: str
     about: str
-    columns: Callable[[TraceStore], Sequence[str] | str]
+    columns: Callable[[TraceStore, Options], Sequence[str] | str]
     start: Callable[[TraceStore, Options], State]
     plots: Callable[[pd.DataFrame], Iterable[Picture]]
     findings: Callable[[pd.DataFrame], Iterable[Finding]]
     limits: Callable[[TraceStore], Sequence[str]] = lambda trace: ()
+    across: Callable[[pd.DataFrame], pd.DataFrame | None] = lambda table: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +144,24 @@ def router_columns(trace: TraceStore, family: str) -> list[str]:
 def mlp_routers(trace: TraceStore) -> list[TracedRouter]:
     """Routers of feed-forward experts, in order of depth: at most one for each layer."""
     return [router for router in trace.routers if router.kind == "mlp"]
+
+
+def model_of(trace: TraceStore, options: Options) -> "Checkpoint | str":
+    """The checkpoint that a trace was recorded from, or the reason (a string) why there is none.
+
+    A checkpoint fits if the routers of the trace have the same bytes in it.
+    """
+    if not options.models:
+        return "It needs the weights: name the traced checkpoint with --model."
+    hashes = {key: sha for router in trace.routers for key, sha in router.sha256.items()}
+    for model in options.models:
+        if hashes and set(hashes) <= set(model.tensors) and model.fingerprint(hashes) == hashes:
+            return model
+    names = " and ".join(model.name for model in options.models)
+    return (
+        f"The routers of {names} are not those that were traced (their hashes differ); name the "
+        f"checkpoint of {trace.manifest.model} with --model."
+    )
 
 
 def rows(metric: str, scope: str, value: Any, **columns: Any) -> pd.DataFrame:
@@ -230,8 +265,12 @@ def each_trace(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def tidy(parts: Sequence[pd.DataFrame], *, trace: str, step: int | None = None) -> pd.DataFrame:
     """One table of all parts: key columns first, then parameters, then values."""
+    return typed([part.assign(trace=trace, step=step) for part in parts])
+
+
+def typed(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table with the columns in their order and of their types."""
     table = pd.concat([part.dropna(axis=1, how="all") for part in parts], ignore_index=True)
-    table["trace"], table["step"] = trace, step
     for name in (*KEY_COLUMNS, *VALUE_COLUMNS):
         if name not in table:
             table[name] = None
@@ -275,11 +314,12 @@ def run(
     results = Results()
     tables: dict[str, list[pd.DataFrame]] = {}
     analyses = {name: registry.load("analyses", name).ANALYSIS for name in choose(only, skip)}
-    for trace in traces:
+    for i, trace in enumerate(traces):
+        own = replace(options, reference=traces[0] if i else options.reference)
         states: dict[str, State] = {}
         columns: set[str] = set()
         for name, analysis in analyses.items():
-            needed = analysis.columns(trace)
+            needed = analysis.columns(trace, own)
             if isinstance(needed, str):
                 reason = needed if len(traces) == 1 else f"{trace.name}: {needed}"
                 results.skipped[name] = " ".join(
@@ -289,14 +329,18 @@ def run(
             limits = results.limits.get(name, ())
             results.limits[name] = tuple(dict.fromkeys([*limits, *analysis.limits(trace)]))
             columns.update(needed)
-            states[name] = analysis.start(trace, options)
-        with console.progress(f"Reading {trace.name}", trace.num_tokens, "tokens") as meter:
-            for batch in trace.batches(columns):
-                for state in states.values():
-                    state.update(batch)
-                meter.advance(batch.num_tokens)
+            states[name] = analysis.start(trace, own)
+        if columns:
+            with console.progress(f"Reading {trace.name}", trace.num_tokens, "tokens") as meter:
+                for batch in trace.batches(columns):
+                    for state in states.values():
+                        state.update(batch)
+                    meter.advance(batch.num_tokens)
         for name, state in states.items():
-            tables.setdefault(name, []).append(tidy([state.table()], trace=trace.name))
+            table = tidy([state.table()], trace=trace.name, step=trace.step)
+            tables.setdefault(name, []).append(table)
     for name, parts in tables.items():
-        results.tables[name] = pd.concat(parts, ignore_index=True)
+        table = pd.concat(parts, ignore_index=True)
+        found = analyses[name].across(table) if len(parts) > 1 else None
+        results.tables[name] = table if found is None else typed([table, found])
     return results

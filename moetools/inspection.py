@@ -13,6 +13,7 @@ import pyarrow as pa
 import transformers
 
 from moetools import registry
+from moetools.analysis import Options
 from moetools.architectures import RouterDiscovery, RouterSpec, find_routers, refusal
 from moetools.architectures._discovery import MULTI_TOKEN, OTHER_MODALITY
 from moetools.checkpoint import Checkpoint, TensorInfo
@@ -442,7 +443,7 @@ def _abilities(
         TraceWriter(Path(folder), _expected_manifest(routers, hidden_size)).finish()
         expected = TraceStore(Path(folder))
         for name in registry.names("analyses"):
-            columns = registry.load("analyses", name).ANALYSIS.columns(expected)
+            columns = registry.load("analyses", name).ANALYSIS.columns(expected, Options())
             if isinstance(columns, str):
                 analyses.append(Ability(name=name, works="no", reason=columns))
             else:

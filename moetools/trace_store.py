@@ -31,7 +31,11 @@ ROW_GROUP_TOKENS = 1 << 16
 ZSTD_LEVEL = 3
 TOKEN_COLUMNS = ("sequence", "position", "token_id", "phase")
 SEQUENCE_COLUMNS = ("sequence", "id", "group", "num_tokens")
-TOKEN_FAMILIES = ("experts", "weights", "margin", "logits", "inputs", "norms", "predictions")
+OUTPUT_STATISTICS = ("norms", "peaks", "shares", "collinearity")
+"""What `--keep outputs` records of the experts' outputs; `--keep norms` records the first alone."""
+TOKEN_FAMILIES = (
+    "experts", "weights", "margin", "logits", "inputs", *OUTPUT_STATISTICS, "predictions",
+)  # fmt: skip
 SEQUENCE_FAMILIES = ("probs", "probs_even", "probs_odd", "logprob", "entropy")
 
 Array = NDArray[Any]
@@ -132,7 +136,13 @@ def token_schema(manifest: TraceManifest) -> pa.Schema:
         "logits": lambda router: pa.list_(pa.float32(), router.num_experts),
         "inputs": lambda router: pa.list_(pa.float16(), manifest.hidden_size),
         "norms": lambda router: pa.list_(pa.float32(), router.top_k),
+        "peaks": lambda router: pa.list_(pa.float32(), router.top_k),
+        "shares": lambda router: pa.list_(pa.float32(), router.top_k),
+        "collinearity": lambda router: pa.list_(pa.float32(), 3),
     }
+    wanted = set(manifest.keep)
+    if "outputs" in wanted:
+        wanted.update(OUTPUT_STATISTICS)
     for router in manifest.routers:
         ids = pa.from_numpy_dtype(router.id_dtype)
         columns += [
@@ -144,7 +154,7 @@ def token_schema(manifest: TraceManifest) -> pa.Schema:
         columns += [
             pa.field(f"{name}.{router.name}", kept[name](router))
             for name in kept
-            if name in manifest.keep
+            if name in wanted
         ]
     if "predictions" in manifest.keep:
         columns.append(pa.field("predictions", pa.int32()))
@@ -284,7 +294,7 @@ class TraceBatch:
         group: [S] int32, index into the manifest's groups, -1 without a group.
         tokens: Token columns by name: [T] or [T, N]. Dropped selections read as
             `TracedRouter.dropped`, other nulls as NaN (floats) or -1 (integers).
-        sequences: Sequence columns by name: [S] or [S, N].
+        sequences: Sequence columns by name: [S] or [S, N]; ids are strings or None.
     """
 
     offsets: NDArray[np.int64]
@@ -336,13 +346,22 @@ class TraceStore:
         path: The trace folder.
         partial: Accept an incomplete trace; only its finished parts are read.
         name: What outputs call this trace; by default its folder's name.
+        step: Training step of the model, where several traces follow a run.
 
     Raises:
         TraceError: Not a trace, of another format version, damaged, or incomplete.
     """
 
-    def __init__(self, path: Path, *, partial: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        partial: bool = False,
+        name: str | None = None,
+        step: int | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.step = step
         self.name = name or self.path.resolve().name
         self.manifest = read_manifest(self.path)
         if not self.manifest.complete and not partial:
@@ -490,7 +509,7 @@ def _to_numpy(column: pa.ChunkedArray, *, dropped: int | None = None) -> Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if not pa.types.is_fixed_size_list(array.type):
-        if array.null_count:
+        if array.null_count and not pa.types.is_string(array.type):
             array = array.fill_null(np.nan if pa.types.is_floating(array.type) else -1)
         return np.asarray(array.to_numpy(zero_copy_only=False))
     width = array.type.list_size

@@ -38,6 +38,7 @@ def write_trace(
     probs: Mapping[str, Array] | None = None,
     weights: Mapping[str, Array] | None = None,
     logits: Mapping[str, Array] | None = None,
+    kept: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
     predictions: Array | None = None,
     nll: Array | None = None,
     reference_group: str | None = None,
@@ -62,6 +63,8 @@ def write_trace(
         weights: [T, K] by router name; default the probabilities of the selected experts, else
             1 / K.
         logits: [T, E] by router name; all routers or none.
+        kept: By family and router name: `inputs` [T, H], `norms` [T, K], or all of
+            `OUTPUT_STATISTICS`; all routers or none.
         predictions: [T] predicted token ids.
         nll: [S] nats.
         reference_group: Name of one group.
@@ -82,6 +85,11 @@ def write_trace(
     )
     for router in routers:
         assert np.shape(ids_by_router[router.name]) == (num_tokens, router.top_k), router.name
+    kept = dict(kept) | ({} if logits is None else {"logits": logits})
+    keep = [name for name in ("logits", "inputs", "norms") if name in kept]
+    keep += ["outputs"] if "peaks" in kept else []
+    keep += [] if predictions is None else ["predictions"]
+    inputs = kept.get("inputs")
     manifest = TraceManifest(
         model="synthetic",
         routers=routers,
@@ -89,11 +97,8 @@ def write_trace(
         num_tokens=num_tokens,
         groups=tuple(sorted({g for g in groups or () if g is not None})),
         reference_group=reference_group,
-        keep=tuple(
-            name
-            for name, values in (("logits", logits), ("predictions", predictions))
-            if values is not None
-        ),
+        keep=tuple(keep),
+        hidden_size=None if inputs is None else np.shape(next(iter(inputs.values())))[1],
         has_nll=nll is not None,
     )
     writer = TraceWriter(path, manifest)
@@ -109,8 +114,11 @@ def write_trace(
                     ("experts", ids_by_router),
                     ("weights", weights or {}),
                     ("probs", probs or {}),
-                    ("logits", logits or {}),
                 )
+            }
+            cut_kept = {
+                family: {router: np.asarray(values)[rows] for router, values in by_router.items()}
+                for family, by_router in kept.items()
             }
             tables.append(
                 token_table(
@@ -119,6 +127,7 @@ def write_trace(
                     first_sequence=int(some[0]),
                     token_id=None if token_id is None else np.asarray(token_id)[rows],
                     predictions=None if predictions is None else np.asarray(predictions)[rows],
+                    kept=cut_kept,
                     **cut,
                 )
             )
@@ -174,7 +183,7 @@ def token_table(
     weights: Mapping[str, Array],
     probs: Mapping[str, Array] = MappingProxyType({}),
     margins: Mapping[str, Array] = MappingProxyType({}),
-    logits: Mapping[str, Array] = MappingProxyType({}),
+    kept: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
     first_sequence: int = 0,
     token_id: Array | None = None,
     predictions: Array | None = None,
@@ -212,8 +221,9 @@ def token_table(
             columns[f"margin.{name}"] = (ordered[:, router.top_k - 1] - ordered[:, below]).astype(
                 np.float16
             )
-        if name in logits:
-            columns[f"logits.{name}"] = fixed_size_list(np.asarray(logits[name], dtype=np.float32))
+        for family, values in kept.items():
+            dtype = np.float16 if family == "inputs" else np.float32
+            columns[f"{family}.{name}"] = fixed_size_list(np.asarray(values[name], dtype=dtype))
     return pa.table(columns).select(token_schema(manifest).names)
 
 

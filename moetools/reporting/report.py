@@ -1,21 +1,29 @@
 """Analyse traces and write one folder: `report.html`, `metrics.json` and `tables/`."""
 
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from moetools import analysis, console, registry
 from moetools.analysis import Analysis, Finding, Options, Results
-from moetools.errors import RequestError
+from moetools.errors import DataError, RequestError
 from moetools.files import output_folder
 from moetools.reporting import metrics, page, style
 from moetools.trace_store import TraceStore
 
+if TYPE_CHECKING:
+    from moetools.checkpoint import Checkpoint
+
 AnyPath = str | PathLike[str]
+STEP_SOURCES = ("name", "manifest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +55,9 @@ def report(
     csv: bool = False,
     expert_intervals: bool = False,
     seed: int = 0,
+    models: str | Sequence[str] = (),
+    scores: Mapping[str, float] | AnyPath = MappingProxyType({}),
+    step_from: str | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Run all analyses that the traces allow and write the report.
@@ -60,6 +71,9 @@ def report(
         csv: Write every table as CSV too.
         expert_intervals: Intervals for single experts too, which takes longer.
         seed: Seed of resampling.
+        models: The checkpoints that were traced, for analyses that need weights.
+        scores: A number for each group, such as accuracy, or a json or csv file of them.
+        step_from: Where the training step of each trace stands: `name` or `manifest`.
         overwrite: Replace a report that moetools wrote there.
 
     Raises:
@@ -69,9 +83,16 @@ def report(
     """
     paths = [Path(p) for p in ([traces] if isinstance(traces, str | PathLike) else traces)]
     chosen = analysis.choose(only, skip)
-    stores = open_traces(paths, partial=partial)
-    options = Options(seed=seed, expert_intervals=expert_intervals)
-    with output_folder(Path(out), kind="report", overwrite=overwrite, inputs=paths) as folder:
+    stores = open_traces(paths, partial=partial, step_from=step_from)
+    names = (models,) if isinstance(models, str) else tuple(models)
+    options = Options(
+        seed=seed,
+        expert_intervals=expert_intervals,
+        models=open_models(names),
+        scores=scores if isinstance(scores, Mapping) else read_scores(Path(scores)),
+    )
+    inputs = [*paths, *(path for name in names if (path := Path(name)).exists())]
+    with output_folder(Path(out), kind="report", overwrite=overwrite, inputs=inputs) as folder:
         written = write(stores, folder.path, chosen=chosen, options=options, csv=csv)
     return replace(written, path=Path(out))
 
@@ -113,12 +134,15 @@ def write(
     )
 
 
-def open_traces(paths: Sequence[Path], *, partial: bool = False) -> list[TraceStore]:
-    """Open traces under names that differ.
+def open_traces(
+    paths: Sequence[Path], *, partial: bool = False, step_from: str | None = None
+) -> list[TraceStore]:
+    """Open traces under names that differ; by training step where that is asked for.
 
     Raises:
         TraceError: A trace cannot be read.
-        RequestError: No trace, one named twice, or traces of different engines.
+        RequestError: No trace, one named twice, traces of different engines, or a trace that
+            does not tell its step.
     """
     real = [path.resolve() for path in paths]
     if not real:
@@ -131,6 +155,10 @@ def open_traces(paths: Sequence[Path], *, partial: bool = False) -> list[TraceSt
         TraceStore(path, partial=partial, name=name)
         for path, name in zip(paths, names, strict=True)
     ]
+    if step_from is not None:
+        for trace in traces:
+            trace.step = step_of(trace, step_from)
+        traces.sort(key=lambda trace: trace.step or 0)
     engines: dict[str, Path] = {}
     for trace in traces:
         engines.setdefault(trace.manifest.engine, trace.path)
@@ -141,6 +169,70 @@ def open_traces(paths: Sequence[Path], *, partial: bool = False) -> list[TraceSt
             "from either. Report them one by one."
         )
     return traces
+
+
+def step_of(trace: TraceStore, step_from: str) -> int:
+    """The training step of a trace: the last number in its name, or in the name of its model.
+
+    Args:
+        trace: Any trace.
+        step_from: `name`: of the trace; `manifest`: of the model or revision that was traced.
+
+    Raises:
+        RequestError: There is no number, or `step_from` is neither.
+    """
+    if step_from not in STEP_SOURCES:
+        raise RequestError(f"--step-from {step_from}: expected {' or '.join(STEP_SOURCES)}.")
+    manifest = trace.manifest
+    texts = [trace.name] if step_from == "name" else [manifest.revision or "", manifest.model]
+    if step_from == "manifest" and re.fullmatch("[0-9a-f]{40}", texts[0]):
+        texts = texts[1:]
+    for text in texts:
+        if numbers := re.findall(r"\d+", text):
+            return int(numbers[-1])
+    raise RequestError(
+        f"--step-from {step_from}: {trace.path} has no number in '{texts[-1]}' to tell its step."
+    )
+
+
+def open_models(names: Sequence[str]) -> "tuple[Checkpoint, ...]":
+    """The checkpoints of these names; headers only."""
+    if not names:
+        return ()
+    from moetools.checkpoint import Checkpoint
+
+    return tuple(Checkpoint.open(name) for name in names)
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Scores by group.
+
+    Args:
+        path: A json object `{"de": 0.53, ...}`, or a csv or jsonl file with the columns `group`
+            and `score`.
+
+    Raises:
+        DataError: The file cannot be read, or has no such numbers.
+    """
+    try:
+        if path.suffix == ".json":
+            scores = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            lines = path.suffix in (".jsonl", ".ndjson")
+            table = pd.read_json(path, lines=True) if lines else pd.read_csv(path)
+            scores = dict(zip(table["group"].astype(str), table["score"], strict=True))
+        found = {str(group): float(score) for group, score in scores.items()}
+    except OSError as error:
+        raise DataError(f"--scores {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DataError(
+            f'--scores {path}: expected a json object such as {{"de": 0.53}}, or a csv file with '
+            "the columns group and score, all scores numbers."
+        ) from None
+    bad = [group for group, score in found.items() if not math.isfinite(score)]
+    if bad or not found:
+        raise DataError(f"--scores {path}: no finite number for {bad[0] if bad else 'any group'}.")
+    return found
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -55,7 +55,7 @@ def make(path, *, kind="plain", row_group_tokens=1 << 16, num_parts=1, seed=0) -
 
 def fed(name: str, trace: TraceStore, batches=None):
     found = declared(name)
-    needed = found.columns(trace)
+    needed = found.columns(trace, Options())
     assert not isinstance(needed, str)
     state = found.start(trace, Options())
     for batch in batches if batches is not None else trace.batches(needed):
@@ -137,7 +137,7 @@ def test_two_traces_are_drawn_together(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_merge_to_the_whole(name, tmp_path):
     trace = make(tmp_path / "trace", row_group_tokens=60)
-    batches = list(trace.batches(declared(name).columns(trace)))
+    batches = list(trace.batches(declared(name).columns(trace, Options())))
     assert len(batches) > 4
     whole = tidy(fed(name, trace))
     merged = fed(name, trace, [])
