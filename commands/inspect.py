@@ -197,6 +197,7 @@ def _trace_size(size: "TraceSize") -> "Table":
     if size.inputs:
         table.add_row("--keep inputs", f"+ {_bytes(size.inputs)} before compression")
     table.add_row("--keep norms", f"+ {_bytes(size.norms)} before compression")
+    table.add_row("--keep outputs", f"+ {_bytes(size.outputs)} before compression")
     table.add_row("1,000 sequences", f"+ {_bytes(1000 * size.sequence)} before compression")
     return table
 

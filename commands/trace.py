@@ -87,15 +87,15 @@ def trace(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep more: logits, inputs (of the router), norms (of expert outputs), "
-            "predictions, nll. Repeatable.",
+            help="Keep more: logits, inputs (of the router), norms (of expert outputs), outputs "
+            "(norms, largest channels, shares, collinearity), predictions, nll. Repeatable.",
             show_default=False,
         ),
     ] = None,
     keep_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Keep logits, inputs and norms of so many tokens, drawn at random.",
+            help="Keep logits, inputs, norms and outputs of so many tokens, drawn at random.",
             show_default=False,
         ),
     ] = None,

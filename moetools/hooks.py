@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from moetools.architectures import Reader, RouterCall, RouterSpec
 from moetools.errors import ArchitectureError, RoutingError
 
-KEEPS = frozenset({"logits", "inputs", "norms"})
+KEEPS = frozenset({"logits", "inputs", "norms", "outputs"})
 
 
 class NaNRoutingError(RoutingError):
@@ -44,6 +44,9 @@ class Routing:
         router_logits: [T, E] or None.
         router_inputs: [T, H] or None.
         expert_norms: [T, K] L2 norms of the experts' outputs before weighting, or None.
+        expert_peaks: [T, K] largest absolute channel of these outputs, or None.
+        expert_shares: [T, K] <w f, y> / |y|^2 with y the weighted sum of the outputs f, or None.
+        collinearity: [T, 3] `output_collinearity`, or None.
     """
 
     top_k_index: Tensor
@@ -51,6 +54,9 @@ class Routing:
     router_logits: Tensor | None = None
     router_inputs: Tensor | None = None
     expert_norms: Tensor | None = None
+    expert_peaks: Tensor | None = None
+    expert_shares: Tensor | None = None
+    collinearity: Tensor | None = None
 
     def select(self, rows: Tensor) -> "Routing":
         """The given rows: a boolean mask [T] or row numbers [N]."""
@@ -64,6 +70,9 @@ class Routing:
             router_logits=pick(self.router_logits),
             router_inputs=pick(self.router_inputs),
             expert_norms=pick(self.expert_norms),
+            expert_peaks=pick(self.expert_peaks),
+            expert_shares=pick(self.expert_shares),
+            collinearity=pick(self.collinearity),
         )
 
 
@@ -81,8 +90,9 @@ class RouterRecorder:
     Args:
         model: The model in eager mode.
         routers: Specs from `find_routers` on a model of the same class.
-        keep: What to keep beside selections and weights: `logits`, `inputs`, `norms`. Logits
-            cost nothing; norms run the experts once more for every place of K.
+        keep: What to keep beside selections and weights: `logits`, `inputs`, `norms`, `outputs`.
+            Logits cost nothing; norms, and outputs (norms with peaks, shares and collinearity),
+            run the experts once more for every place of K.
         allow_nan: Record NaN instead of raising.
 
     Raises:
@@ -103,10 +113,10 @@ class RouterRecorder:
             raise ValueError(f"keep: {sorted(keep - KEEPS)} not in {sorted(KEEPS)}")
         refuse_compiled(model)
         sorting = [spec.name for spec in routers if spec.tap != "experts"]
-        if "norms" in keep and sorting:
+        if {"norms", "outputs"} & keep and sorting:
             raise ArchitectureError(
-                f"Router {sorting[0]}: this family hands tokens on sorted by expert; the norms of "
-                "the experts' outputs cannot be recorded."
+                f"Router {sorting[0]}: this family hands tokens on sorted by expert; the experts' "
+                "single outputs cannot be recorded."
             )
         self.routers = tuple(routers)
         self._model = model
@@ -252,7 +262,7 @@ class _Recording:
         self.weights: Tensor | None = None
         self.logits: Tensor | None = None
         self.inputs: Tensor | None = None
-        self.norms: Tensor | None = None
+        self.statistics: dict[str, Tensor] = {}
         self._router_output: tuple[Any, ...] = ()
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
@@ -265,8 +275,8 @@ class _Recording:
             handles.append(
                 experts.register_forward_pre_hook(self._experts_called, with_kwargs=True)
             )
-        if "norms" in self._keep:
-            handles.append(experts.register_forward_hook(self._keep_norms, with_kwargs=True))
+        if {"norms", "outputs"} & self._keep:
+            handles.append(experts.register_forward_hook(self._keep_outputs, with_kwargs=True))
         return handles
 
     def routing(self) -> Routing:
@@ -277,7 +287,7 @@ class _Recording:
             top_k_weights=self.weights,
             router_logits=self.logits if "logits" in self._keep else None,
             router_inputs=self.inputs,
-            expert_norms=self.norms,
+            **self.statistics,
         )
 
     def _router_ran(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -329,21 +339,66 @@ class _Recording:
         if self._recorder.recording:
             self.inputs = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
 
-    def _keep_norms(
+    def _keep_outputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if not self._recorder.recording:
             return
         hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())[:3]
-        ones = torch.ones_like(top_k_weights[:, :1])
         with torch.no_grad():
-            outputs = [
-                module.forward(hidden_states, top_k_index[:, place : place + 1].contiguous(), ones)
-                for place in range(self.spec.top_k)
-            ]
-        self.norms = torch.stack(
-            [each.reshape(len(ones), -1).float().norm(dim=-1) for each in outputs], dim=-1
-        )
+            outputs = expert_outputs(module, hidden_states, top_k_index)
+            self.statistics = {"expert_norms": outputs.norm(dim=-1)}
+            if "outputs" in self._keep:
+                parts = outputs * top_k_weights.float().unsqueeze(-1)
+                total = parts.sum(dim=1, keepdim=True)
+                self.statistics |= {
+                    "expert_peaks": outputs.abs().amax(dim=-1),
+                    "expert_shares": (parts * total).sum(-1) / total.square().sum(-1),
+                    "collinearity": output_collinearity(parts, top_k_weights),
+                }
+
+
+def expert_outputs(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor) -> Tensor:
+    """[T, K, H] float32: the output of each selected expert before weighting.
+
+    Args:
+        module: The experts, called with (hidden_states, top_k_index, top_k_weights).
+        hidden_states: [T, H].
+        top_k_index: [T, K].
+    """
+    ones = hidden_states.new_ones(len(top_k_index), 1)
+    outputs = [
+        module.forward(hidden_states, top_k_index[:, place : place + 1].contiguous(), ones)
+        for place in range(top_k_index.shape[1])
+    ]
+    return torch.stack([each.reshape(len(ones), -1).float() for each in outputs], dim=1)
+
+
+def output_collinearity(parts: Tensor, weights: Tensor) -> Tensor:
+    """How far the outputs of a token's experts point the same way.
+
+    Args:
+        parts: [T, K, H] weighted outputs of the selected experts.
+        weights: [T, K] their weights.
+
+    Returns:
+        [T, 3]: mean cosine of two of them (NaN for K = 1); cosine of their sum with the part of
+        the largest weight; what that cosine would be if all parts were orthogonal.
+    Source:
+        The redundancy of updates of "Equifinality in Mixture of Experts", arXiv 2604.14419,
+        between the experts of one layer instead of the hops of one token.
+    """
+    gram = parts @ parts.transpose(1, 2)
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = gram / (norms.unsqueeze(1) * norms.unsqueeze(2))
+    num_experts = parts.shape[1]
+    pairs = (cosines.sum(dim=(1, 2)) - num_experts) / (num_experts * (num_experts - 1) or math.nan)
+    first = weights.argmax(dim=1, keepdim=True)
+    own = norms.gather(1, first)[:, 0]
+    with_sum = gram.sum(dim=2).gather(1, first)[:, 0]
+    total = gram.sum(dim=(1, 2)).clamp_min(0).sqrt()
+    orthogonal = own / norms.square().sum(dim=1).sqrt()
+    return torch.stack([pairs, with_sum / (own * total), orthogonal], dim=1)
 
 
 def read_call(spec: RouterSpec, call: RouterCall) -> tuple[Tensor, Tensor, Tensor | None]:

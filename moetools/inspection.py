@@ -20,6 +20,7 @@ from moetools.checkpoint import Checkpoint, TensorInfo
 from moetools.errors import ArchitectureError
 from moetools.loading import empty_model
 from moetools.trace_store import (
+    OUTPUT_STATISTICS,
     TracedRouter,
     TraceManifest,
     TraceStore,
@@ -88,7 +89,7 @@ class TraceSize:
 
     Attributes:
         tokens: The token table as written by default, an upper bound.
-        logits, inputs, norms: Added by `--keep` of that name, before compression.
+        logits, inputs, norms, outputs: Added by `--keep` of that name, before compression.
         sequence: One row of the sequence table, before compression.
     """
 
@@ -96,6 +97,7 @@ class TraceSize:
     logits: int
     inputs: int
     norms: int
+    outputs: int
     sequence: int
 
 
@@ -408,13 +410,15 @@ def _expected_manifest(
 def _trace_size(routers: tuple[RouterSpec, ...], hidden_size: int | None) -> TraceSize | None:
     if not routers:
         return None
-    keep = ("logits", "norms") if hidden_size is None else ("logits", "inputs", "norms")
+    keep = ("logits", "outputs") if hidden_size is None else ("logits", "inputs", "outputs")
     manifest = _expected_manifest(routers, hidden_size, keep)
-    kept = dict.fromkeys(("logits", "inputs", "norms"), 0)
+    kept = dict.fromkeys(("logits", "inputs", "norms", "outputs"), 0)
     for column in token_schema(manifest):
         family = column.name.partition(".")[0]
         if family in kept:
             kept[family] += _row_bytes(column)
+        if family in OUTPUT_STATISTICS:
+            kept["outputs"] += _row_bytes(column)
     selections = sum(router.top_k for router in routers)
     return TraceSize(
         tokens=math.ceil(selections * BYTES_PER_SELECTION * 1e6),
@@ -445,7 +449,9 @@ def _abilities(
         for name in registry.names("analyses"):
             columns = registry.load("analyses", name).ANALYSIS.columns(expected, Options())
             if isinstance(columns, str):
-                analyses.append(Ability(name=name, works="no", reason=columns))
+                by_option = "--" in columns  # the reason says which option makes it work
+                works = trace.works if by_option else "no"
+                analyses.append(Ability(name=name, works=works, reason=columns))
             else:
                 reason = _needs(columns)
                 analyses.append(Ability(name=name, works=trace.works, reason=reason))

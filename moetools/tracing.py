@@ -55,6 +55,7 @@ from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
 from moetools.trace_store import (
     MANIFEST,
+    OUTPUT_STATISTICS,
     TracedRouter,
     TraceManifest,
     TraceStore,
@@ -67,8 +68,9 @@ from moetools.trace_store import (
     token_schema,
 )
 
-KEEPS = ("logits", "inputs", "norms", "predictions", "nll")
-SAMPLED = ("logits", "inputs", "norms")
+KEEPS = ("logits", "inputs", "norms", "outputs", "predictions", "nll")
+SAMPLED = ("logits", "inputs", *OUTPUT_STATISTICS)
+SAMPLED_KEEPS = ("logits", "inputs", "norms", "outputs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEQUENCE_LENGTH = 512
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -99,7 +101,7 @@ class TraceOptions:
         part_tokens: Tokens of a file of the trace, the most that a killed run loses; None chooses
             by device.
         keep: What to keep beside selections and weights, of `KEEPS`.
-        keep_tokens: Keep logits, inputs and norms of so many tokens only, drawn at random.
+        keep_tokens: Keep logits, inputs, norms and outputs of so many tokens only, drawn at random.
         seed: Of that draw.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `auto` or a name of `DTYPES`.
@@ -289,9 +291,10 @@ def _checked(options: TraceOptions) -> TraceOptions:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
-    if options.keep_tokens is not None and not set(SAMPLED) & set(options.keep):
+    if options.keep_tokens is not None and not set(SAMPLED_KEEPS) & set(options.keep):
         raise RequestError(
-            "--keep-tokens limits what --keep logits, inputs or norms keep; add one of them."
+            "--keep-tokens limits what --keep logits, inputs, norms or outputs keep; add one of "
+            "them."
         )
     if options.pack and options.id_column is not None:
         raise RequestError(
@@ -460,7 +463,7 @@ def _part_limit(manifest: TraceManifest) -> int:
     """Tokens whose rows fill `PART_BYTES` in memory."""
     sampled = manifest.plan["keep_tokens"]
     share = 1.0 if sampled is None else min(1.0, sampled / manifest.num_tokens)
-    always = replace(manifest, keep=tuple(k for k in manifest.keep if k not in SAMPLED))
+    always = replace(manifest, keep=tuple(k for k in manifest.keep if k not in SAMPLED_KEEPS))
     bytes_always = row_bytes(always)
     bytes_per_token = bytes_always + share * (row_bytes(manifest) - bytes_always)
     return max(1, int(PART_BYTES / bytes_per_token))
@@ -542,7 +545,7 @@ class _Run:
         if self._writer is not None:
             for router in self._manifest.routers:
                 self._scorers[router.name].restore(router.rule)
-        keep = frozenset({"logits", *self._manifest.keep} & {*SAMPLED})
+        keep = frozenset({"logits", *self._manifest.keep} & {*SAMPLED_KEEPS})
         has_head = bool({"nll", "predictions"} & set(self._manifest.keep))
         _prepare(model)
         self._input_device = model.get_input_embeddings().weight.device
@@ -706,7 +709,7 @@ def _prepare(model: Any) -> None:
 
 
 def _sampled_tokens(manifest: TraceManifest) -> NDArray[np.bool_] | None:
-    """[T of the trace] whether logits, inputs and norms of a token are kept; None keeps all."""
+    """[T of the trace] whether the `SAMPLED` columns of a token are kept; None keeps all."""
     wanted = manifest.plan["keep_tokens"]
     if wanted is None or wanted >= manifest.num_tokens:
         return None
@@ -774,24 +777,29 @@ class _Scorer:
         Args:
             routing: Rows of the sequences one after the other.
             lengths: Tokens of each sequence.
-            kept: Rows whose logits, inputs and norms are wanted; None for all.
-            keep: Which of these are wanted.
+            kept: Rows whose `SAMPLED` columns are wanted; None for all.
+            keep: What is kept, of `KEEPS`.
         """
         weights, order = routing.top_k_weights.sort(dim=-1, descending=True, stable=True)
         index = routing.top_k_index.gather(-1, order)
         ids = index.to(torch.uint8 if self._spec.num_experts < 256 else torch.int16)
         found = {"experts": ids, "weights": weights.half()}
+
+        def by_weight(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.gather(-1, order)
+
         if self.rule is not None and routing.router_logits is not None:
             found |= self._scores(self.rule, routing.router_logits, lengths)
-        norms = routing.expert_norms
         sampled = {
-            "logits": routing.router_logits,
+            "logits": routing.router_logits if "logits" in keep else None,
             "inputs": routing.router_inputs,
-            "norms": None if norms is None else norms.gather(-1, order),
+            "norms": by_weight(routing.expert_norms),
+            "peaks": by_weight(routing.expert_peaks),
+            "shares": by_weight(routing.expert_shares),
+            "collinearity": routing.collinearity,
         }
-        for name in SAMPLED:
-            values = sampled[name]
-            if name in keep and values is not None:
+        for name, values in sampled.items():
+            if values is not None:
                 values = values if kept is None else values[kept.to(values.device)]
                 found[name] = values.half() if name == "inputs" else values.float()
         return {name: values.cpu().numpy() for name, values in found.items()}

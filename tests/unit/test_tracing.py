@@ -15,7 +15,7 @@ from moetools.errors import MachineError, RoutingError, TraceError
 from moetools.trace_store import TraceStore
 from moetools.tracing import TraceOptions, record, row_bytes
 
-KEEP = ("logits", "inputs", "norms", "predictions", "nll")
+KEEP = ("logits", "inputs", "outputs", "predictions", "nll")
 
 
 def read(path):
@@ -126,7 +126,7 @@ def test_sequence_means_are_those_of_the_probabilities(full, truth):
         assert sequences["nll"][number] == pytest.approx(loss.item(), abs=1e-4)
 
 
-def test_predictions_inputs_and_norms_are_the_models(full, truth, tiny_checkpoint):
+def test_predictions_inputs_and_outputs_are_the_models(full, truth, tiny_checkpoint):
     _, tokens, _ = read(full)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     expected = torch.cat([each[1] for each in truth]).numpy()
@@ -136,10 +136,35 @@ def test_predictions_inputs_and_norms_are_the_models(full, truth, tiny_checkpoin
         inputs = torch.from_numpy(tokens[f"inputs.{layer:02}"]).float()
         logits = inputs @ mlp.gate.weight.T
         assert np.allclose(tokens[f"logits.{layer:02}"], logits.detach(), atol=0.02)
-        first = torch.from_numpy(tokens[f"experts.{layer:02}"][:, :1].astype(np.int64))
+        index = torch.from_numpy(tokens[f"experts.{layer:02}"].astype(np.int64))
+        weights = torch.from_numpy(tokens[f"weights.{layer:02}"]).float()
         with torch.no_grad():
-            outputs = mlp.experts(inputs, first, torch.ones(len(inputs), 1))
-        assert np.allclose(tokens[f"norms.{layer:02}"][:, 0], outputs.norm(dim=-1), rtol=0.02)
+            ones = torch.ones(len(inputs), 1)
+            one, two = (mlp.experts(inputs, index[:, k : k + 1], ones) for k in range(2))
+            total = mlp.experts(inputs, index, weights)
+        expected = {
+            "norms": torch.stack([one.norm(dim=-1), two.norm(dim=-1)], dim=1),
+            "peaks": torch.stack([one.abs().amax(dim=-1), two.abs().amax(dim=-1)], dim=1),
+            "shares": torch.stack(
+                [
+                    (weights[:, k] * (part * total).sum(dim=-1)) / total.square().sum(dim=-1)
+                    for k, part in enumerate((one, two))
+                ],
+                dim=1,
+            ),
+        }
+        for family, values in expected.items():
+            stored = tokens[f"{family}.{layer:02}"]
+            assert np.allclose(stored, values, rtol=0.03, atol=0.02), family
+        assert np.allclose(tokens[f"shares.{layer:02}"].sum(axis=1), 1, atol=1e-3)
+        a, b = (weights[:, k] * expected["norms"][:, k] for k in range(2))
+        cosines = [
+            torch.cosine_similarity(one, two),
+            torch.cosine_similarity(one, total),
+            a / (a.square() + b.square()).sqrt(),
+        ]
+        stored = tokens[f"collinearity.{layer:02}"]
+        assert np.allclose(stored, torch.stack(cosines, dim=1), atol=0.02)
 
 
 def test_batches_do_not_change_the_result(full, tmp_path, tiny_checkpoint, parallel_texts):
@@ -159,7 +184,7 @@ def test_batches_do_not_change_the_result(full, tmp_path, tiny_checkpoint, paral
     for name, values in tokens.items():
         if name.startswith(("experts", "predictions")):
             assert (values == alone[name]).mean() > 0.995, name
-        elif name.startswith("norms"):
+        elif name.startswith(("norms", "peaks", "shares", "collinearity")):
             assert np.isclose(values, alone[name], rtol=0.01).mean() > 0.99, name
         else:
             assert np.allclose(values, alone[name], rtol=0.04, atol=1e-3), name
@@ -271,7 +296,7 @@ def test_keep_tokens_keeps_a_sample(full, tmp_path, tiny_checkpoint, parallel_te
     _, sampled, _ = read(tmp_path / "sampled")
     kept = ~np.isnan(sampled["logits.00"][:, 0])
     assert kept.sum() == 100
-    for family in ("logits", "inputs", "norms"):
+    for family in ("logits", "inputs", "norms", "shares", "collinearity"):
         for layer in ("00", "01"):
             name = f"{family}.{layer}"
             assert np.array_equal(sampled[name][kept], tokens[name][kept])
