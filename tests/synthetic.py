@@ -23,7 +23,11 @@ from moetools.trace_store import (
 )
 
 Array = NDArray[Any]
-RULE = {"score_function": "softmax", "norm_topk_prob": False}
+
+
+def softmax_rule(top_k: int) -> dict[str, Any]:
+    """The scoring rule of a softmax router without renormalisation, as manifests store it."""
+    return {"score_function": "softmax", "top_k": top_k}
 
 
 def write_trace(
@@ -79,7 +83,7 @@ def write_trace(
             name,
             num_experts if isinstance(num_experts, int) else num_experts[name],
             np.shape(selected)[1],
-            rule=RULE if probs is not None and name in probs else None,
+            rule=softmax_rule(np.shape(selected)[1]) if name in (probs or {}) else None,
         )
         for name, selected in ids_by_router.items()
     )

@@ -42,14 +42,15 @@ def sticky_trace(
 ) -> None:
     """Write the trace part by part; experts prefer groups and sequences."""
     import pyarrow as pa
-    from synthetic import RULE, token_table, traced_router
+    from synthetic import softmax_rule, token_table, traced_router
 
     from moetools.trace_store import TraceManifest, TraceWriter, fixed_size_list, sequence_schema
 
     rng = np.random.default_rng(0)
     groups = tuple(f"group{i}" for i in range(NUM_GROUPS))
     routers = tuple(
-        traced_router(f"{layer:02}", num_experts, top_k, rule=RULE) for layer in range(num_layers)
+        traced_router(f"{layer:02}", num_experts, top_k, rule=softmax_rule(top_k))
+        for layer in range(num_layers)
     )
     manifest = TraceManifest(
         model="synthetic",
