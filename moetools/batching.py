@@ -27,11 +27,13 @@ class TokenSequence:
         token_ids: [T] int32, at least one.
         group: Of its text.
         id: Of its text; None where texts were packed.
+        text: Number of its text in the data; None where texts were packed.
     """
 
     token_ids: NDArray[np.int32]
     group: str | None = None
     id: str | None = None
+    text: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +146,10 @@ def make_sequences(
                 joined[text.group] += _ended(ids, tokenizer.eos_token_id)
                 continue
             numbered += [
-                (number, TokenSequence(token_ids=piece, group=text.group, id=text.id))
+                (
+                    number,
+                    TokenSequence(token_ids=piece, group=text.group, id=text.id, text=number),
+                )
                 for piece in cut(ids, sequence_length)
             ]
         enough = (max_tokens and num_tokens >= max_tokens) or (

@@ -186,10 +186,10 @@ def record(options: TraceOptions) -> TraceRun:
         "overwrite": options.overwrite,
         "resume": options.resume,
         "resumable": True,
-        "inputs": _local_inputs(options),
+        "inputs": local_inputs(options.model, options.data),
     }
     check_output(options.out, **claim)
-    device = _device(options.device)
+    device = pick_device(options.device)
     checkpoint = Checkpoint.open(options.model, trust_remote_code=options.trust_remote_code)
     reason = refusal(checkpoint.config_dict, trust_remote_code=options.trust_remote_code)
     if reason is not None:
@@ -199,13 +199,13 @@ def record(options: TraceOptions) -> TraceRun:
     discovery = find_routers(
         empty_model(config, trust_remote_code=options.trust_remote_code), shapes
     )
-    _show_bars(sys.stderr.isatty() and not console.settings.quiet)
+    show_bars(sys.stderr.isatty() and not console.settings.quiet)
     if checkpoint.path is None:
         console.note(f"Fetching {options.model} ({checkpoint.num_bytes / 1e9:.1f} GB) ...")
     path = checkpoint.local_path()
     tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
     text_config = config.get_text_config()
-    sequence_length = _sequence_length(options.sequence_length, text_config)
+    sequence_length = pick_sequence_length(options.sequence_length, text_config)
     data = _read(options, tokenizer)
     sequences = make_sequences(
         data.texts,
@@ -217,7 +217,7 @@ def record(options: TraceOptions) -> TraceRun:
         max_tokens=options.max_tokens,
     )
     num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    dtype = _dtype(options.dtype, device, num_parameters)
+    dtype = pick_dtype(options.dtype, device, num_parameters)
     manifest = TraceManifest(
         model=options.model,
         revision=checkpoint.revision,
@@ -229,7 +229,7 @@ def record(options: TraceOptions) -> TraceRun:
         num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
         groups=data.groups,
         reference_group=data.reference_group,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         device=device.type,
         data=_describe_data(options, data),
         keep=options.keep,
@@ -253,7 +253,7 @@ def record(options: TraceOptions) -> TraceRun:
         )
         if run.missing:
             console.note(f"Loading {options.model} ({manifest.dtype}, {device}) ...")
-            with _scratch(folder.path / OFFLOAD) as scratch:
+            with scratch_folder(folder.path / OFFLOAD) as scratch:
                 num_bytes = num_parameters * dtype.itemsize
                 model = load_model(
                     path,
@@ -261,7 +261,7 @@ def record(options: TraceOptions) -> TraceRun:
                     device=device,
                     trust_remote_code=options.trust_remote_code,
                     experts_implementation=options.experts_implementation,
-                    spread=_spread(options.model, num_bytes, device, scratch),
+                    spread=pick_spread(options.model, num_bytes, device, scratch),
                 )
                 run.record(model)
         run.finish()
@@ -303,13 +303,18 @@ def _checked(options: TraceOptions) -> TraceOptions:
     return replace(options, keep=tuple(name for name in KEEPS if name in options.keep))
 
 
-def _local_inputs(options: TraceOptions) -> list[Path]:
+def local_inputs(model: str, data: Sequence[str]) -> list[Path]:
     """Files and folders that the run reads."""
-    named = [options.model, *(split_group(item)[1] for item in options.data)]
+    named = [model, *(split_group(item)[1] for item in data)]
     return [path for name in named if (path := Path(name).expanduser()).exists()]
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        RequestError: No such device, or torch does not see it.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -328,7 +333,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, num_parameters: int) -> torch.dtype:
+def pick_dtype(name: str, device: torch.device, num_parameters: int) -> torch.dtype:
+    """The dtype that `--dtype` names; `auto` is float32 on a CPU where that fits, else bfloat16.
+
+    Raises:
+        RequestError: An unknown name.
+    """
     if name == "auto":
         fits = device.type == "cpu" and num_parameters * 4 <= _memory(device)
         return torch.float32 if fits else torch.bfloat16
@@ -337,7 +347,7 @@ def _dtype(name: str, device: torch.device, num_parameters: int) -> torch.dtype:
     return DTYPES[name]
 
 
-def _spread(model: str, num_bytes: int, device: torch.device, folder: Path) -> Spread | None:
+def pick_spread(model: str, num_bytes: int, device: torch.device, folder: Path) -> Spread | None:
     """How to place a model that is larger than the memory of the device; None where it fits.
 
     Raises:
@@ -359,7 +369,8 @@ def _spread(model: str, num_bytes: int, device: torch.device, folder: Path) -> S
     return Spread(folder=folder, max_memory={"cpu": int(memory)} if device.type == "cpu" else None)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -372,7 +383,12 @@ def _memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE
 
 
-def _sequence_length(wanted: int | None, config: Any) -> int:
+def pick_sequence_length(wanted: int | None, config: Any) -> int:
+    """The length that was asked for, or the default as far as the model has positions.
+
+    Raises:
+        RequestError: The model has fewer positions.
+    """
     limit = getattr(config, "max_position_embeddings", None)
     if wanted is None:
         return min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
@@ -547,7 +563,7 @@ class _Run:
                 self._scorers[router.name].restore(router.rule)
         keep = frozenset({"logits", *self._manifest.keep} & {*SAMPLED_KEEPS})
         has_head = bool({"nll", "predictions"} & set(self._manifest.keep))
-        _prepare(model)
+        switch_off_extras(model)
         self._input_device = model.get_input_embeddings().weight.device
         if self._input_device.type == "meta":
             self._input_device = torch.device(self._manifest.device)
@@ -607,7 +623,7 @@ class _Run:
     ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
         """Results by router and, with a language-model head, its outputs."""
         lengths = [len(self._sequences[number].token_ids) for number in batch]
-        input_ids, mask = _padded([self._sequences[number].token_ids for number in batch])
+        input_ids, mask = padded([self._sequences[number].token_ids for number in batch])
         device = self._input_device
         arguments = {"input_ids": input_ids.to(device), "use_cache": False}
         if not mask.all():
@@ -684,7 +700,7 @@ def _count(number: int) -> str:
 
 
 @contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def scratch_folder(folder: Path) -> Iterator[Path]:
     """A folder that may be made and filled, and is gone afterwards."""
     try:
         yield folder
@@ -692,7 +708,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _show_bars(wanted: bool) -> None:
+def show_bars(wanted: bool) -> None:
     """Progress bars of the libraries that download and load the model."""
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
@@ -701,7 +717,7 @@ def _show_bars(wanted: bool) -> None:
     (enable_progress_bars if wanted else disable_progress_bars)()
 
 
-def _prepare(model: Any) -> None:
+def switch_off_extras(model: Any) -> None:
     """Switch off what a recording does not need."""
     for config in (model.config, model.config.get_text_config()):
         if hasattr(config, "output_router_logits"):
@@ -719,7 +735,7 @@ def _sampled_tokens(manifest: TraceManifest) -> NDArray[np.bool_] | None:
     return kept
 
 
-def _padded(token_ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+def padded(token_ids: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
     """Token ids [B, L], padded on the right, and the mask [B, L] of what is not padding."""
     lengths = torch.tensor([len(ids) for ids in token_ids])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -749,8 +765,8 @@ class _Scorer:
     def __init__(self, model: Any, spec: RouterSpec) -> None:
         self._spec = spec
         self.rule: ScoringRule | None = None
-        self._bias = _tensor(model, spec.correction_bias_name)
-        self._expert_scale = _tensor(model, spec.expert_scale_name)
+        self._bias = router_tensor(model, spec.correction_bias_name)
+        self._expert_scale = router_tensor(model, spec.expert_scale_name)
 
     def restore(self, rule: dict[str, Any] | None) -> None:
         """Use the rule that an earlier run found."""
@@ -839,7 +855,7 @@ def _rounded(margin: Tensor) -> Tensor:
     return ((bits + (1 << 5)) & ~((1 << 6) - 1)).view(torch.float16)
 
 
-def _tensor(model: Any, name: str | None) -> Tensor | None:
+def router_tensor(model: Any, name: str | None) -> Tensor | None:
     """A parameter or buffer by its path."""
     if name is None:
         return None

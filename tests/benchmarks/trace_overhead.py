@@ -27,7 +27,7 @@ from moetools.architectures import find_routers
 from moetools.batching import TokenSequence
 from moetools.hooks import RouterRecorder, _Recording
 from moetools.trace_store import TracedRouter, TraceManifest, TraceWriter, read_manifest
-from moetools.tracing import TraceOptions, _padded, _Run
+from moetools.tracing import TraceOptions, _Run, padded
 
 NUM_BATCHES = 8
 BATCH = {"cpu": 2, "cuda": 32}
@@ -72,7 +72,7 @@ def main(device: str) -> int:
         return run.seconds, spent
 
     def plain(some: list[TokenSequence]) -> tuple[float, float]:
-        ids, _ = _padded([sequence.token_ids for sequence in some])
+        ids, _ = padded([sequence.token_ids for sequence in some])
         begin, begin_spent = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             model.base_model(input_ids=ids.to(device), use_cache=False)
