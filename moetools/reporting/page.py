@@ -22,7 +22,10 @@ MAX_FINDINGS = 12
 UNUSUAL = 0.5
 """A finding of at least this weight is listed as unusual."""
 
-ORDER = ("load", "entropy", "local_consistency", "specialization", "co_activation")
+ORDER = (
+    "load", "entropy", "local_consistency", "specialization", "multilingual", "co_activation",
+    "congestion", "coupling", "importance", "collinearity", "drift",
+)  # fmt: skip
 """Sections of the page; those of other analyses follow by name."""
 
 

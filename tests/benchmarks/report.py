@@ -5,7 +5,9 @@ python tests/benchmarks/report.py [--dir DIR] [--layers 16 --experts 64 --top-k 
 Targets for 1 M tokens x 16 layers x 64 experts, k = 8: under 300 s and 2 GB, and no more memory at
 1 M than at 0.25 M tokens. Every report runs in a process of its own; its peak memory is that of
 the whole process. The trace is sticky (a token keeps its sequence's last set of experts with
-probability 0.7), has sequences of 512 tokens in 4 groups, and token ids that follow Zipf's law.
+probability 0.7), has sequences of 512 tokens in 4 groups, the same items in each group, token ids
+that follow Zipf's law, and logits and output statistics of one token in 50: everything that an
+analysis without a checkpoint or a second trace can ask for.
 """
 
 import argparse
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SEQUENCE_LENGTH = 512
 PART_TOKENS = 1 << 17
-ROW_GROUP_TOKENS = 1 << 16
+SAMPLED = 0.02
 NUM_GROUPS = 4
 VOCABULARY = 50_000
 KEEP = 0.7
@@ -44,7 +46,14 @@ def sticky_trace(
     import pyarrow as pa
     from synthetic import softmax_rule, token_table, traced_router
 
-    from moetools.trace_store import TraceManifest, TraceWriter, fixed_size_list, sequence_schema
+    from moetools.trace_store import (
+        OUTPUT_STATISTICS,
+        TraceManifest,
+        TraceWriter,
+        fixed_size_list,
+        rows_per_group,
+        sequence_schema,
+    )
 
     rng = np.random.default_rng(0)
     groups = tuple(f"group{i}" for i in range(NUM_GROUPS))
@@ -58,7 +67,11 @@ def sticky_trace(
         num_sequences=num_tokens // SEQUENCE_LENGTH,
         num_tokens=num_tokens,
         groups=groups,
+        reference_group=groups[0],
+        keep=("logits", "outputs"),
+        has_nll=True,
     )
+    row_group_tokens = max(1, rows_per_group(manifest) // SEQUENCE_LENGTH) * SEQUENCE_LENGTH
     writer = TraceWriter(path, manifest)
     liking = 0.7 * rng.standard_normal((num_layers, NUM_GROUPS, num_experts), dtype=np.float32)
     for part, first in enumerate(range(0, num_tokens, PART_TOKENS)):
@@ -71,6 +84,8 @@ def sticky_trace(
         drawn = np.cumsum(renewed) - 1
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         experts, weights, margins = {}, {}, {}
+        sampled = np.flatnonzero(rng.random(size) < SAMPLED)
+        kept = {family: {} for family in ("logits", *OUTPUT_STATISTICS)}
         for layer, router in enumerate(routers):
             own = 0.7 * rng.standard_normal((len(lengths), num_experts), dtype=np.float32)
             logits = (own + liking[layer, numbers % NUM_GROUPS])[sequence[renewed]]
@@ -84,6 +99,10 @@ def sticky_trace(
             experts[router.name] = top[drawn]
             weights[router.name] = np.take_along_axis(probs, top, axis=1)[drawn]
             margins[router.name] = np.full(size, 0.01, dtype=np.float16)
+            kept["logits"][router.name] = logits[drawn[sampled]]
+            for family in OUTPUT_STATISTICS:
+                width = 3 if family == "collinearity" else top_k
+                kept[family][router.name] = rng.random((len(sampled), width), dtype=np.float32)
             starts = np.flatnonzero(renewed & (np.arange(size) % SEQUENCE_LENGTH == 0))
             bounds = drawn[starts]
             mean = np.add.reduceat(probs, bounds, axis=0)
@@ -102,8 +121,10 @@ def sticky_trace(
                 [*bounds, len(probs)]
             )
         token_id = np.minimum(rng.zipf(1.2, size), VOCABULARY) - 1
-        for begin in range(0, size, ROW_GROUP_TOKENS):
-            rows = slice(begin, min(begin + ROW_GROUP_TOKENS, size))
+        for begin in range(0, size, row_group_tokens):
+            rows = slice(begin, min(begin + row_group_tokens, size))
+            chosen = (sampled >= rows.start) & (sampled < rows.stop)
+            places = sampled[chosen] - rows.start
             tables.append(
                 token_table(
                     manifest,
@@ -113,17 +134,32 @@ def sticky_trace(
                     weights={name: values[rows] for name, values in weights.items()},
                     margins={name: values[rows] for name, values in margins.items()},
                     token_id=token_id[rows],
+                    kept={
+                        family: {
+                            name: scattered(values[chosen], places, rows.stop - rows.start)
+                            for name, values in by_router.items()
+                        }
+                        for family, by_router in kept.items()
+                    },
                 )
             )
         sequences |= {
             "sequence": numbers,
-            "id": pa.array([str(i) for i in numbers]),
+            "id": pa.array([str(i // NUM_GROUPS) for i in numbers]),
+            "nll": rng.random(len(numbers), dtype=np.float32),
             "group": pa.array([groups[i % NUM_GROUPS] for i in numbers]),
             "num_tokens": lengths.astype(np.int32),
         }
         table = pa.table(sequences).select(sequence_schema(manifest).names)
         writer.write_part(part, tables, table)
     writer.finish(num_parts=part + 1, coverage="synthetic")
+
+
+def scattered(values: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """[size, N] with these rows in their places and NaN elsewhere."""
+    wide = np.full((size, values.shape[1]), np.nan, dtype=np.float32)
+    wide[places] = values
+    return wide
 
 
 def measure(trace: Path, out: Path, only: list[str]) -> tuple[float, float]:
