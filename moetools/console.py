@@ -80,13 +80,16 @@ class Meter:
 
 
 class _TerminalMeter(Meter):
-    def __init__(self, bar: Any, task: Any, done: int) -> None:
+    def __init__(self, bar: Any, title: str, total: int, unit: str, done: int) -> None:
         super().__init__(done)
-        self._bar, self._task = bar, task
+        self._bar, self._unit, self._initial = bar, unit, done
+        self._task = bar.add_task(title, total=total, completed=done, rate="")
+        self._start = time.monotonic()
 
     def advance(self, amount: int) -> None:
         super().advance(amount)
-        self._bar.update(self._task, advance=amount)
+        rate = (self.done - self._initial) / max(time.monotonic() - self._start, 1e-9)
+        self._bar.update(self._task, advance=amount, rate=f"{rate:,.0f} {self._unit}/s")
 
 
 class _PlainMeter(Meter):
@@ -136,17 +139,8 @@ def progress(title: str, total: int, unit: str, *, done: int = 0) -> Iterator[Me
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    start = time.monotonic()
     with Progress(*columns, console=stderr(), transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done, rate="")
-
-        class Rated(_TerminalMeter):
-            def advance(self, amount: int) -> None:
-                super().advance(amount)
-                rate = (self.done - done) / max(time.monotonic() - start, 1e-9)
-                bar.update(task, rate=f"{rate:,.0f} {unit}/s")
-
-        yield Rated(bar, task, done)
+        yield _TerminalMeter(bar, title, total, unit, done)
 
 
 def _duration(seconds: float) -> str:

@@ -36,17 +36,24 @@ def families() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {"metrics": metrics, "families": families}
 
 
-def section(text: str, name: str) -> str:
-    """What stands between the marks of a section."""
+def bounds(text: str, name: str) -> tuple[int, int]:
+    """Where a section begins and ends, between its marks."""
     found = re.search(rf"<!-- begin {name} -->\n\n(.*?)\n\n<!-- end {name} -->", text, re.DOTALL)
     assert found, f"README.md has no section {name}"
-    return found[1]
+    return found.span(1)
+
+
+def section(text: str, name: str) -> str:
+    """What stands between the marks of a section."""
+    begin, end = bounds(text, name)
+    return text[begin:end]
 
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     for name in sys.argv[1:] or SECTIONS:
-        text = text.replace(section(text, name), SECTIONS[name]())
+        begin, end = bounds(text, name)
+        text = text[:begin] + SECTIONS[name]() + text[end:]
     README.write_text(text, encoding="utf-8")
 
 

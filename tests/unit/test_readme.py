@@ -13,6 +13,11 @@ def test_metrics_section_is_current():
     assert readme.section(text(), "metrics") == readme.metrics()
 
 
+def test_every_section_stands_once():
+    headings = re.findall(r"^#{2,3} .*$", text(), re.MULTILINE)
+    assert len(headings) == len(set(headings))
+
+
 def test_every_command_is_shown():
     for name in registry.names("commands"):
         assert f"moetools {name.replace('_', '-')}" in text()
