@@ -115,7 +115,7 @@ def read_texts(
             rows = _read_parquet(DEMO, "demo")
         elif Path(source).expanduser().exists():
             path = Path(source).expanduser()
-            rows = _read_path(path)
+            rows = read_rows(path)
         elif (match := HUB_DATASET.fullmatch(source)) and not source.startswith((".", "~")):
             rows = _read_hub(source, match["repo"], match["config"], match["split"])
             found = _texts(rows, columns, group, source)
@@ -245,7 +245,7 @@ def _reference(groups: tuple[str, ...], wanted: str | None) -> str | None:
     return wanted
 
 
-def _read_path(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Rows of a file, or of every readable file below a folder in the order of their names."""
     if path.is_file():
         yield from _reader(path)(path, str(path))

@@ -1,0 +1,276 @@
+"""Log-likelihood of choices given a question, and of texts, in nats.
+
+A choice is appended to its question as it is. Both are tokenised together, as the model would read
+them, and the question alone once more; the tokens of the choice are those after the longest common
+beginning of the two. A token that spans the border therefore belongs to the choice, and the context
+ends before it.
+
+Rows of a batch are padded on the right, behind the mask of the model, so that a result depends on
+what else is in its batch by rounding alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moetools.batching import plan_parts, tokenise
+from moetools.errors import DataError
+from moetools.texts import read_rows
+from moetools.tracing import padded
+
+BATCH_TOKENS = 2048
+LOGITS_PER_BATCH = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One multiple-choice question.
+
+    Attributes:
+        question: Never empty.
+        choices: At least two, with the space that separates them from the question.
+        answer: Which choice is right, counted from 0.
+        where: File and row, for messages.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    where: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredRow:
+    """Tokens that go through the model, and which of them are scored.
+
+    Attributes:
+        token_ids: [T] int32.
+        start: First scored token, at least 1; all after it are scored too.
+    """
+
+    token_ids: NDArray[np.int32]
+    start: int = 1
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens whose probability counts."""
+        return len(self.token_ids) - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemScore:
+    """What a model makes of one item; of equal choices the first is taken.
+
+    Attributes:
+        loglik: Log-likelihood of each choice, a sum over its tokens in nats.
+        loglik_per_token: The same divided by the number of its tokens.
+        prediction: Choice of the largest `loglik`.
+        prediction_per_token: Choice of the largest `loglik_per_token`; for choices whose lengths
+            differ.
+        correct: Whether `prediction` is the answer.
+        correct_per_token: Whether `prediction_per_token` is.
+    """
+
+    loglik: tuple[float, ...]
+    loglik_per_token: tuple[float, ...]
+    prediction: int
+    prediction_per_token: int
+    correct: bool
+    correct_per_token: bool
+
+
+def read_items(path: Path) -> list[Item]:
+    """Multiple-choice items: rows with `question`, `choices` (a list) and `answer` (an index).
+
+    Raises:
+        DataError: No such file, no rows, or a row that is not such an item.
+    """
+    if not path.exists():
+        raise DataError(f"--tasks {path}: no such file. Pass a jsonl file of items.")
+    items = [_item(row, where) for where, row in read_rows(path)]
+    if not items:
+        raise DataError(f"--tasks {path}: no items in it.")
+    return items
+
+
+def score_choices(
+    model: Any, tokenizer: Any, items: Sequence[Item], *, batch_tokens: int = BATCH_TOKENS
+) -> list[ItemScore]:
+    """Score every choice of every item.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its tokenizer.
+        items: At least one.
+        batch_tokens: Tokens of a batch at most, padding included.
+
+    Raises:
+        DataError: An item is longer than the model has positions, or a choice has no token.
+    """
+    config = model.config.get_text_config()
+    rows = choice_rows(items, tokenizer, limit=getattr(config, "max_position_embeddings", None))
+    return item_scores(items, rows, score_rows(model, rows, batch_tokens=batch_tokens))
+
+
+def text_nll(
+    model: Any, texts: Sequence[NDArray[np.int32]], *, batch_tokens: int = BATCH_TOKENS
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of each text, a sum in nats, and the number of its predicted tokens.
+
+    The first token of a text is not predicted.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        texts: Token ids [T] each.
+        batch_tokens: Tokens of a batch at most, padding included.
+    """
+    rows = [ScoredRow(token_ids=token_ids) for token_ids in texts]
+    counts = np.array([row.num_scored for row in rows], dtype=np.int64)
+    return -score_rows(model, rows, batch_tokens=batch_tokens), counts
+
+
+def choice_rows(
+    items: Sequence[Item], tokenizer: Any, *, limit: int | None = None
+) -> list[ScoredRow]:
+    """One row for every choice, item by item.
+
+    Args:
+        items: At least one.
+        tokenizer: A transformers tokenizer.
+        limit: Tokens that the model takes at most.
+
+    Raises:
+        DataError: A row is too long, or has nothing to score or to condition on.
+    """
+    questions = tokenise([item.question for item in items], tokenizer)
+    wholes = tokenise([item.question + c for item in items for c in item.choices], tokenizer)
+    rows: list[ScoredRow] = []
+    for item, question in zip(items, questions, strict=True):
+        for choice in item.choices:
+            token_ids = wholes[len(rows)]
+            start = _common_beginning(question, token_ids)
+            if not 0 < start < len(token_ids):
+                raise DataError(
+                    f"{item.where}: the choice {choice!r} has no token of its own after the "
+                    "question. Lengthen the question or the choice."
+                )
+            if limit is not None and len(token_ids) > limit:
+                raise DataError(
+                    f"{item.where}: {len(token_ids)} tokens with the choice {choice!r}; the model "
+                    f"has {limit} positions. Shorten the question."
+                )
+            rows.append(ScoredRow(token_ids=token_ids, start=start))
+    return rows
+
+
+def score_rows(
+    model: Any, rows: Sequence[ScoredRow], *, batch_tokens: int = BATCH_TOKENS
+) -> NDArray[np.float64]:
+    """Log-likelihood [R] of the scored tokens of each row, in nats."""
+    device = model.get_input_embeddings().weight.device
+    sums = np.zeros(len(rows))
+    vocab_size = model.config.get_text_config().vocab_size
+    with torch.inference_mode():
+        for numbers in plan_batches(rows, vocab_size=vocab_size, batch_tokens=batch_tokens):
+            batch = [rows[number] for number in numbers]
+            arguments, _ = model_arguments([row.token_ids for row in batch], device)
+            logits = model(**arguments).logits
+            for number, row, of_row in zip(numbers, batch, logits, strict=True):
+                sums[number] = float(token_logprobs(of_row, row).sum(dtype=torch.float64))
+    return sums
+
+
+def plan_batches(
+    rows: Sequence[ScoredRow], *, vocab_size: int, batch_tokens: int
+) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the rows of each batch, rows of similar length together.
+
+    Batches are smaller than asked for where the logits of all tokens would take too much memory.
+    """
+    lengths = [len(row.token_ids) for row in rows]
+    most = max(1, min(batch_tokens, LOGITS_PER_BATCH // vocab_size))
+    parts = plan_parts(lengths, batch_tokens=most, part_tokens=sum(lengths))
+    return tuple(batch for part in parts for batch in part.batches)
+
+
+def model_arguments(
+    token_ids: Sequence[NDArray[np.int32]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of a forward pass, padded on the right, and the mask [B, L] of real tokens."""
+    input_ids, mask = padded(token_ids)
+    arguments: dict[str, Any] = {"input_ids": input_ids.to(device), "use_cache": False}
+    if not mask.all():
+        arguments["attention_mask"] = mask.long().to(device)
+    return arguments, mask
+
+
+def token_logprobs(logits: Tensor, row: ScoredRow) -> Tensor:
+    """Log-probability [scored tokens] float32 of each scored token.
+
+    Args:
+        logits: [L, V] of this row; L may be larger than its length.
+        row: What was read, and what is scored.
+    """
+    length = len(row.token_ids)
+    targets = torch.from_numpy(row.token_ids[row.start :].astype(np.int64)).to(logits.device)
+    logprobs = logits[row.start - 1 : length - 1].float().log_softmax(dim=-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0]
+
+
+def item_scores(
+    items: Sequence[Item], rows: Sequence[ScoredRow], logliks: NDArray[np.float64]
+) -> list[ItemScore]:
+    """Predictions from the log-likelihoods of `choice_rows`."""
+    scores = []
+    numbers: Iterator[int] = iter(range(len(rows)))
+    for item in items:
+        of_item = [next(numbers) for _ in item.choices]
+        loglik = [float(logliks[number]) for number in of_item]
+        per_token = [float(logliks[number]) / rows[number].num_scored for number in of_item]
+        prediction, prediction_per_token = int(np.argmax(loglik)), int(np.argmax(per_token))
+        scores.append(
+            ItemScore(
+                loglik=tuple(loglik),
+                loglik_per_token=tuple(per_token),
+                prediction=prediction,
+                prediction_per_token=prediction_per_token,
+                correct=prediction == item.answer,
+                correct_per_token=prediction_per_token == item.answer,
+            )
+        )
+    return scores
+
+
+def _item(row: Any, where: str) -> Item:
+    for column in ("question", "choices", "answer"):
+        if column not in row:
+            raise DataError(
+                f"{where} has no '{column}'. An item has question, choices (a list) and answer "
+                f"(an index); this row has: {', '.join(map(str, row))}."
+            )
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    if not isinstance(question, str) or not question:
+        raise DataError(f"{where}: 'question' holds {question!r}. Write a text that is not empty.")
+    texts = isinstance(choices, list) and all(isinstance(each, str) and each for each in choices)
+    if not texts or len(choices) < 2:
+        raise DataError(
+            f"{where}: 'choices' holds {choices!r}. Write a list of at least two texts."
+        )
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{where}: 'answer' holds {answer!r}. Write the index of the right choice, "
+            f"0 to {len(choices) - 1}."
+        )
+    return Item(question=question, choices=tuple(choices), answer=answer, where=where)
+
+
+def _common_beginning(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length

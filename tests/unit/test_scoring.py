@@ -1,0 +1,165 @@
+"""Log-likelihood of choices and texts: against the model itself, one row at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_byte_tokenizer, write_rows
+from tiny_models import tiny_model
+
+from moetools.batching import load_tokenizer
+from moetools.errors import DataError
+from moetools.scoring import (
+    Item,
+    ScoredRow,
+    choice_rows,
+    item_scores,
+    read_items,
+    score_choices,
+    text_nll,
+)
+
+ITEMS = [
+    Item(question="The sky is", choices=(" blue", " green and very loud"), answer=0),
+    Item(question="Two and two", choices=(" are four", " x", " are five"), answer=0),
+    Item(question="A much longer question, to be padded around", choices=("!", "?"), answer=1),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(path)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("olmoe", vocab_size=258)
+
+
+def naive_loglik(model, tokenizer, question, choice):
+    """One row, no padding, one token after the other; bytes do not merge."""
+    context = tokenizer(question)["input_ids"]
+    tokens = context + tokenizer(choice)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double()
+    return sum(
+        torch.log(torch.softmax(logits[place - 1], dim=-1))[tokens[place]].item()
+        for place in range(len(context), len(tokens))
+    )
+
+
+def test_choices_score_what_the_model_says(model, tokenizer):
+    for item, score in zip(ITEMS, score_choices(model, tokenizer, ITEMS), strict=True):
+        expected = [naive_loglik(model, tokenizer, item.question, c) for c in item.choices]
+        per_token = [value / len(c) for value, c in zip(expected, item.choices, strict=True)]
+        assert score.loglik == pytest.approx(expected, abs=1e-4)
+        assert score.loglik_per_token == pytest.approx(per_token, abs=1e-4)
+        assert score.prediction == np.argmax(expected)
+        assert score.prediction_per_token == np.argmax(per_token)
+        assert score.correct == (score.prediction == item.answer)
+        assert score.correct_per_token == (score.prediction_per_token == item.answer)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])
+def test_scores_do_not_depend_on_the_batch(family, tokenizer):
+    model = tiny_model(family, vocab_size=258)
+    alone = score_choices(model, tokenizer, ITEMS, batch_tokens=1)
+    together = score_choices(model, tokenizer, ITEMS, batch_tokens=10_000)
+    for one, other in zip(alone, together, strict=True):
+        assert one.loglik == pytest.approx(other.loglik, abs=1e-4)
+
+
+def test_texts_score_what_the_model_says(model):
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(3, 250, length).astype(np.int32) for length in (9, 2, 30, 1)]
+    nll, counts = text_nll(model, texts, batch_tokens=64)
+    assert counts.tolist() == [8, 1, 29, 0]
+    assert nll[3] == 0
+    for text, found in zip(texts[:3], nll, strict=False):
+        ids = torch.from_numpy(text.astype(np.int64))[None]
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss
+        assert found / (len(text) - 1) == pytest.approx(loss.item(), abs=1e-5)
+    alone, _ = text_nll(model, texts, batch_tokens=1)
+    np.testing.assert_allclose(nll, alone, atol=1e-4)
+
+
+def test_a_token_across_the_border_belongs_to_the_choice(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: number for number, letter in enumerate("abcd")}
+    merging = Tokenizer(models.BPE(vocab={**letters, "bc": 4}, merges=[("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging)
+    items = [Item(question="ab", choices=("cd", "dd"), answer=0)]
+    merged, apart = choice_rows(items, tokenizer)
+    assert (merged.token_ids.tolist(), merged.start) == ([0, 4, 3], 1)
+    assert (apart.token_ids.tolist(), apart.start) == ([0, 1, 3, 3], 2)
+    swallowed = Item(question="b", choices=("c", "d"), answer=0, where="q row 1")
+    with pytest.raises(DataError, match="q row 1: the choice 'c' has no token of its own"):
+        choice_rows([swallowed], tokenizer)
+
+
+def test_equal_choices_take_the_first():
+    items = [Item(question="a", choices=("b", "b"), answer=1)]
+    score = item_scores(items, [_row(2), _row(2)], np.array([-1.0, -1.0]))[0]
+    assert (score.prediction, score.correct) == (0, False)
+
+
+def _row(length):
+    return ScoredRow(token_ids=np.zeros(length, dtype=np.int32))
+
+
+def test_rows_that_cannot_be_scored(tokenizer):
+    item = Item(question="abcde", choices=("fghi", "x"), answer=0, where="q row 3")
+    with pytest.raises(DataError, match=r"q row 3: 9 tokens .* the model has 8 positions"):
+        choice_rows([item], tokenizer, limit=8)
+
+
+def test_items_are_read(tmp_path):
+    row = {"id": "x", "question": "1 + 1 =", "choices": [" 2", " 3"], "answer": 0}
+    path = write_rows(tmp_path / "items.jsonl", [row])
+    assert read_items(path) == [
+        Item(question="1 + 1 =", choices=(" 2", " 3"), answer=0, where=f"{path} row 1")
+    ]
+
+
+GOOD = {"question": "q", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": ""}, "'question' holds ''"),
+        ({"question": 3}, "'question' holds 3"),
+        ({"choices": ["a"]}, "at least two"),
+        ({"choices": "ab"}, "at least two"),
+        ({"choices": ["a", ""]}, "at least two"),
+        ({"answer": 2}, "'answer' holds 2. Write the index of the right choice, 0 to 1"),
+        ({"answer": -1}, "0 to 1"),
+        ({"answer": True}, "'answer' holds True"),
+        ({"answer": "a"}, "'answer' holds 'a'"),
+    ],
+)
+def test_bad_rows_name_file_row_and_remedy(tmp_path, change, message):
+    path = write_rows(tmp_path / "items.jsonl", [GOOD, {**GOOD, **change}])
+    with pytest.raises(DataError, match=message) as raised:
+        read_items(path)
+    assert f"{path} row 2" in str(raised.value)
+
+
+def test_missing_columns_files_and_rows(tmp_path):
+    path = write_rows(tmp_path / "items.jsonl", [{"question": "q", "choices": ["a", "b"]}])
+    with pytest.raises(DataError, match="has no 'answer'"):
+        read_items(path)
+    with pytest.raises(DataError, match="no such file"):
+        read_items(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="no items"):
+        read_items(tmp_path / "empty.jsonl")
+    (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD) + "\n{")
+    with pytest.raises(DataError, match=r"broken.jsonl row 2 is not valid JSON"):
+        read_items(tmp_path / "broken.jsonl")
