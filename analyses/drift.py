@@ -307,9 +307,9 @@ def plots(table: pd.DataFrame) -> Iterator[Picture]:
     chance = {"ls": ":", "marker": ""}
     charts.lines_by_layer(left, _layers(table, "overlap_chance"), label="chance", **chance)
     left.set(ylabel="share", ylim=(0, 1.02))
-    left.legend(loc="lower left")
+    left.legend(loc="best")
     charts.lines_by_layer(right, _layers(table, "load_tv"))
-    right.set(ylabel="share of the load that moved")
+    right.set(ylabel="load that moved")
     right.set_ylim(bottom=0)
     if table["trace"].nunique() > 1:
         right.legend()
@@ -367,10 +367,8 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         weight=float(np.clip(3 * (1 - overlap), 0.1, 1)),
         metric="overlap_at_k",
     )
-    deciles = select(table, metric="overlap_by_margin", scope="model").sort_values("decile")
-    deciles = deciles[deciles["value"].notna()]
-    if len(deciles) == NUM_DECILES and overlap < 1:
-        first, last = deciles["value"].iloc[0], deciles["value"].iloc[-1]
+    first, last = (single(table, "overlap_by_margin", decile=decile) for decile in (1, NUM_DECILES))
+    if np.isfinite([first, last]).all() and overlap < 1:
         yield Finding(
             text=(
                 f"Of the tenth of the tokens that were selected most narrowly {first:.1%} of the "
