@@ -1,12 +1,124 @@
-"""Two traces of the same texts, read side by side."""
+"""Two traces of the same texts: read side by side, and compared."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from moetools.errors import TraceError
+from moetools import analysis
+from moetools.analysis import Options, mlp_routers, select
+from moetools.errors import RequestError, TraceError
 from moetools.trace_store import TraceBatch, TraceStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceDiff:
+    """How trace B differs from trace A.
+
+    Attributes:
+        a: The reference.
+        b: What is compared with it.
+        floor: The model of A recorded once more; None without.
+        table: Rows of the analysis `drift`, and in the column `floor` the same number of the
+            floor's trace against A.
+        notes: What to know about these traces, in sentences.
+    """
+
+    a: TraceStore
+    b: TraceStore
+    floor: TraceStore | None
+    table: pd.DataFrame
+    notes: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        """Whether any token of any router was handed to other experts."""
+        exact = select(self.table, metric="exact_set", scope="layer")["value"]
+        return bool((exact < 1).any())
+
+
+def diff_traces(
+    a: str | Path, b: str | Path, *, floor: str | Path | None = None, seed: int = 0
+) -> TraceDiff:
+    """Compare two traces of the same texts.
+
+    Args:
+        a: Folder of the reference.
+        b: Folder of the trace that is compared with it.
+        floor: Folder of a trace of A's model, recorded with another `--batch-tokens` or dtype.
+        seed: Seed of resampling.
+
+    Raises:
+        TraceError: A trace is unreadable, incomplete, or of another format.
+        RequestError: The traces hold other texts or other routers, or the routers of the floor
+            are not those of A.
+    """
+    trace_a, trace_b = TraceStore(Path(a)), TraceStore(Path(b))
+    table = _drift(trace_b, trace_a, seed)
+    notes = _notes(trace_a, trace_b)
+    trace_floor = None
+    if floor is not None:
+        trace_floor = TraceStore(Path(floor))
+        _check_floor(trace_floor, trace_a)
+        notes += _floor_notes(trace_floor, trace_a)
+        found = _drift(trace_floor, trace_a, seed)
+        keys = [name for name in ("metric", "scope", "layer", "group", "decile") if name in table]
+        found = found[[*keys, "value"]].rename(columns={"value": "floor"})
+        table = table.merge(found, on=keys, how="left", validate="one_to_one")
+    return TraceDiff(a=trace_a, b=trace_b, floor=trace_floor, table=table, notes=tuple(notes))
+
+
+def _drift(trace: TraceStore, reference: TraceStore, seed: int) -> pd.DataFrame:
+    results = analysis.run([trace], only=["drift"], options=Options(seed=seed, reference=reference))
+    if "drift" not in results.tables:
+        raise RequestError(f"{trace.path} cannot be compared. {results.skipped['drift']}")
+    return results.tables["drift"]
+
+
+def _check_floor(floor: TraceStore, a: TraceStore) -> None:
+    """The routers of the floor must be those of A."""
+    own = {router.name: router.sha256 for router in mlp_routers(floor)}
+    for router in mlp_routers(a):
+        if own.get(router.name) != router.sha256:
+            raise RequestError(
+                f"--floor {floor.path}: router {router.name} is not that of {a.path}. Record the "
+                f"model of {a.path} ({a.manifest.model}) again, with another --batch-tokens."
+            )
+
+
+def _floor_notes(floor: TraceStore, a: TraceStore) -> list[str]:
+    """Why a floor may be too low."""
+    numerics = [
+        (each.manifest.plan.get("batch_tokens"), each.manifest.dtype, each.manifest.engine,
+         each.manifest.device, each.manifest.plan.get("experts_implementation"))
+        for each in (floor, a)
+    ]  # fmt: skip
+    if numerics[0] != numerics[1]:
+        return []
+    return [
+        "The floor was recorded as A was, with the same --batch-tokens and dtype: it shows no "
+        "rounding."
+    ]
+
+
+def _notes(a: TraceStore, b: TraceStore) -> list[str]:
+    """How the recordings differ beside the model."""
+    notes = []
+    if a.num_sequences > b.num_sequences:
+        notes.append(
+            f"Compared are the {b.num_sequences:,} sequences of B; A has {a.num_sequences:,}."
+        )
+    for name in ("engine", "dtype", "device"):
+        values = [getattr(each.manifest, name) for each in (a, b)]
+        if values[0] != values[1]:
+            notes.append(
+                f"A was recorded with {name} {values[0]}, B with {values[1]}: part of the "
+                "difference can come from that."
+            )
+    return notes
 
 
 class PairedReader:

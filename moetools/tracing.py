@@ -340,7 +340,7 @@ def pick_dtype(name: str, device: torch.device, num_parameters: int) -> torch.dt
         RequestError: An unknown name.
     """
     if name == "auto":
-        fits = device.type == "cpu" and num_parameters * 4 <= _memory(device)
+        fits = device.type == "cpu" and num_parameters * 4 <= usable_memory(device)
         return torch.float32 if fits else torch.bfloat16
     if name not in DTYPES:
         raise RequestError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}.")
@@ -353,7 +353,7 @@ def pick_spread(model: str, num_bytes: int, device: torch.device, folder: Path) 
     Raises:
         MachineError: It does not fit, and accelerate is not installed.
     """
-    memory = _memory(device)
+    memory = usable_memory(device)
     if num_bytes <= memory:
         return None
     if importlib.util.find_spec("accelerate") is None:
@@ -374,7 +374,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _memory(device: torch.device) -> float:
+def usable_memory(device: torch.device) -> float:
     """Bytes that a model may take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
