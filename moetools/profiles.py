@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from moetools.compiling import compiled
 from moetools.information import entropy
@@ -31,6 +32,7 @@ MAX_TOKENS = 1024
 NUM_SETS = 1024
 NUM_PERMUTATIONS = 10_000
 MIN_CORRELATED = 4
+NORMAL_975 = 1.959963984540054
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -287,7 +289,7 @@ def _overlap_pmf(num_experts: int, size_a: int, size_b: int) -> Floats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Correlation:
-    """Pearson correlations of one variable with several others, over a few groups.
+    """Correlations of one variable with several others, over a few groups.
 
     Attributes:
         r: [L].
@@ -305,12 +307,13 @@ class Correlation:
     p_largest: float
 
 
-def correlation(x: Array, y: Array, *, seed: int = 0) -> Correlation:
+def correlation(x: Array, y: Array, *, ranks: bool = False, seed: int = 0) -> Correlation:
     """Correlate a score of each group with its values.
 
     Args:
         x: [N] at least `MIN_CORRELATED`.
         y: [N, L].
+        ranks: Spearman's correlation, of ranks, which a few extreme groups do not decide.
         seed: Seed of the permutations; up to seven groups all are tried.
 
     Raises:
@@ -319,10 +322,12 @@ def correlation(x: Array, y: Array, *, seed: int = 0) -> Correlation:
     num = len(x)
     if num < MIN_CORRELATED:
         raise ValueError(f"A correlation of {num} groups has no interval; {MIN_CORRELATED} do.")
+    if ranks:
+        x, y = rankdata(x), rankdata(y, axis=0)
     x, y = _standardised(np.asarray(x)[:, None])[:, 0], _standardised(np.asarray(y))
     r = np.clip(x @ y, -1, 1)
     z = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
-    half = 1.959963984540054 / np.sqrt(num - 3)
+    half = NORMAL_975 / np.sqrt(num - 3)
     if factorial(num) <= NUM_PERMUTATIONS:
         orders = np.array(list(permutations(range(num))))
         added = 0
@@ -415,3 +420,80 @@ class ItemSample:
             for sums in self.sums.values():
                 sums[slot] = 0
             self._slots[item] = slot
+
+
+def item_means(values: Floats, weights: Floats) -> Floats:
+    """Means over items and over bootstrap draws of them.
+
+    Args:
+        values: [N, P]; NaN where an item has no value.
+        weights: [B, N] how often each draw takes each item.
+
+    Returns:
+        [1 + B, P] the mean, then that of each draw; NaN where no item has a value, draws also
+        where only one has.
+    """
+    known = np.isfinite(values)
+    everyone = np.vstack([np.ones(len(values)), weights])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (everyone @ np.where(known, values, 0)) / (everyone @ known.astype(np.float64))
+    means[1:, known.sum(axis=0) < 2] = np.nan
+    return np.asarray(means)
+
+
+def mean_between_items(
+    one: Floats, other: Floats, weights: Floats, max_partners: int = 16
+) -> Floats:
+    """Mean divergence between different items, and over bootstrap draws of the items.
+
+    Args:
+        one: [N, E] one profile of each item.
+        other: [N, E] another, which is compared with `one` of other items.
+        weights: [B, N] how often each draw takes each item; a pair counts by the product.
+        max_partners: Each item is compared with so many that follow it in the list, or with all.
+
+    Returns:
+        [1 + B]; NaN with fewer than two items.
+    """
+    everyone = np.vstack([np.ones(len(one)), weights])
+    one, other = normalised(one), normalised(other)
+    entropy_one, entropy_other = entropy(one), entropy(other)
+    sums, counts = np.zeros(len(everyone)), np.zeros(len(everyone))
+    for step in range(1, min(max_partners, len(one) // 2) + 1):
+        distance = divergence_of_normalised(
+            one, np.roll(other, -step, axis=0), entropy_one, np.roll(entropy_other, -step)
+        )
+        pairs = everyone * np.roll(everyone, -step, axis=1)
+        sums += pairs @ distance
+        counts += pairs.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(sums / counts)
+
+
+def ratio_of_draws(numerator: Floats, denominator: Floats) -> tuple[Floats, Floats, Floats]:
+    """A ratio of two estimates with its interval, which holds for denominators near zero too.
+
+    Args:
+        numerator: [1 + B, ...] the estimate, then bootstrap draws of it.
+        denominator: [1 + B, ...] the same draws of the other, broadcast against the numerator.
+
+    Returns:
+        [...] the ratio and the ends of its 95 % interval; NaN unless the denominator is clearly
+        above zero.
+    Source:
+        Fieller, 1954, with variances and covariance of the draws.
+    """
+    a, b = numerator[0], denominator[0]
+    move_a, move_b = numerator[1:] - numerator[1:].mean(axis=0), denominator[1:]
+    move_b = move_b - move_b.mean(axis=0)
+    square = NORMAL_975**2 / max(1, len(move_a) - 1)
+    variance_a, variance_b = square * (move_a**2).sum(axis=0), square * (move_b**2).sum(axis=0)
+    first = b**2 - variance_b
+    second = a * b - square * (move_a * move_b).sum(axis=0)
+    third = a**2 - variance_a
+    with np.errstate(invalid="ignore", divide="ignore"):
+        clear = (b > 0) & (first > 0)
+        root = np.sqrt(np.maximum(second**2 - first * third, 0))
+        found = a / b, (second - root) / first, (second + root) / first
+    value, low, high = (np.where(clear, part, np.nan) for part in found)
+    return value, low, high
