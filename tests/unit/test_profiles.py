@@ -13,8 +13,11 @@ from moetools.profiles import (
     correlation,
     divergence,
     item_hash,
+    item_means,
+    mean_between_items,
     mean_jaccard,
     overlap,
+    ratio_of_draws,
     sequence_frequencies,
     skewed_jaccard,
 )
@@ -224,6 +227,64 @@ def test_permutations_of_few_groups_are_exact():
     assert found.p_largest == pytest.approx(2 / 24)
     with pytest.raises(ValueError, match="3 groups"):
         correlation(np.arange(3.0), np.ones((3, 1)))
+
+
+def test_correlation_of_ranks_is_that_of_scipy():
+    rng = np.random.default_rng(7)
+    x, y = np.exp(3 * rng.normal(size=12)), rng.normal(size=(12, 1))
+    x[3] = x[4]
+    found = correlation(x, y, ranks=True)
+    expected = stats.spearmanr(x, y[:, 0])
+    assert found.r[0] == pytest.approx(expected.statistic)
+    assert found.p[0] == pytest.approx(expected.pvalue, abs=0.02)
+
+
+def test_means_over_items_leave_missing_values_out():
+    values = np.array([[1, np.nan, 5], [2, np.nan, np.nan], [6, np.nan, np.nan]])
+    found = item_means(values, np.array([[0, 2.0, 1], [3, 0, 0]]))
+    expected = [[3, np.nan, 5], [10 / 3, np.nan, np.nan], [1, np.nan, np.nan]]
+    np.testing.assert_allclose(found, expected)
+
+
+@pytest.mark.parametrize("num", [2, 3, 7])
+def test_mean_between_few_items_is_over_all_pairs(num):
+    rng = np.random.default_rng(8)
+    profiles = random_probs(rng, num, 5, scale=2)
+    weights = rng.integers(0, 4, (3, num)).astype(float)
+    weights[:, :2] += 1
+    found = mean_between_items(profiles, profiles, weights)
+    pairs = list(combinations(range(num), 2))
+    distance = np.array([divergence(profiles[i], profiles[j]) for i, j in pairs])
+    for draw, row in zip(found, [np.ones(num), *weights], strict=True):
+        of_pair = np.array([row[i] * row[j] for i, j in pairs])
+        assert draw == pytest.approx((of_pair @ distance) / of_pair.sum())
+
+
+def test_mean_between_items_takes_one_item_for_nothing():
+    assert np.isnan(mean_between_items(np.ones((1, 3)), np.ones((1, 3)), np.ones((2, 1)))).all()
+
+
+def test_interval_of_a_ratio_holds_with_small_denominators():
+    rng = np.random.default_rng(9)
+    covered = []
+    for _ in range(400):
+        centre = np.array([1.0, 0.5]) + [0.2, 0.1] * rng.normal(size=2)
+        draws = centre + [0.2, 0.1] * rng.normal(size=(500, 2))
+        value, low, high = ratio_of_draws(*np.vstack([centre, draws]).T)
+        if np.isfinite(value):
+            covered.append(low <= 2 <= high)
+    assert len(covered) > 390
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.03)
+
+
+def test_ratio_to_nothing_is_unknown():
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(1, 0.1, 200), rng.normal(0, 0.1, 200)
+    assert np.isnan(ratio_of_draws(a, b)).all()
+    assert np.isnan(ratio_of_draws(a, b - 5)).all()
+    value, low, high = ratio_of_draws(a, b + 4)
+    assert value == a[0] / (b[0] + 4)
+    assert low < value < high
 
 
 def test_item_hash_is_the_same_everywhere():
