@@ -10,6 +10,7 @@ Shapes: N tokens of the evaluation data, E experts of a router, K selected per t
 batch with its padding, H channels.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,9 +190,15 @@ def _restricted(given: Given) -> Tensor:
 
 def _frequency(given: Given) -> Tensor:
     router = given.router
-    log_rates = gumbel_log_rates(router.usage.double().numpy(), router.spec.top_k)
+    log_rates = _log_rates(tuple(router.usage.tolist()), router.spec.top_k)
     noise = given.generator.gumbel(size=(len(given.index), len(log_rates)))
     return torch.from_numpy(log_rates + noise)
+
+
+@functools.cache
+def _log_rates(usage: tuple[float, ...], top_k: int) -> NDArray[np.float64]:
+    """`gumbel_log_rates`, once for all seeds."""
+    return gumbel_log_rates(np.array(usage), top_k)
 
 
 def _bottom(given: Given) -> Tensor:
