@@ -1,16 +1,24 @@
-"""`moetools diff A B`: how the routing of one trace differs from another's."""
+"""`moetools diff A B`: how two checkpoints differ, or the routing of two traces."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moetools import console
-from moetools.options import JsonOption, SeedOption
+from moetools.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    SeedOption,
+    TrustRemoteCodeOption,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from moetools.comparing import CheckpointDiff
     from moetools.paired_traces import TraceDiff
     from moetools.trace_store import TraceStore
 
@@ -25,41 +33,200 @@ SHOWN = {
     "load_tv": "load moved",
 }
 COUNTED = ("overlap_at_k", "exact_set", "top1_agreement")
+Kind = Literal["trace", "checkpoint"]
+
+CELLS = {"router_only": "B's\nrouters", "input_only": "B's\ninputs", "total": "\nboth"}
+ON_DISK = {
+    "router_change": "change",
+    "row_cosine": "cosine",
+    "row_cosine_min": "least",
+    "row_cosine_centred": "centred",
+    "row_cosine_centred_min": "least",
+    "bias_change": "bias",
+    "correction_bias_change": "corr. bias",
+}
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Trace folder: the reference.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Trace of the same texts.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="The reference: a trace, or a checkpoint or 'demo'.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="What is compared with it, of that kind.")],
     floor: Annotated[
         Path | None,
         typer.Option(
             "--floor",
             metavar="TRACE",
-            help="A's model traced again with another --batch-tokens: what rounding alone changes, "
-            "shown beside every number.",
+            help="Of two traces: A's model traced again with another --batch-tokens. What rounding "
+            "alone changes is shown beside every number.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[GROUP=]DATA",
+            help="Of two checkpoints: run both over these texts and tell a change of the routers "
+            "from a change of what they read. As for trace; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    match_experts: Annotated[
+        bool,
+        typer.Option(
+            "--match-experts",
+            help="Of two checkpoints: compare each expert of A with the one of B whose router row "
+            "is like its own, for experts that were permuted.",
+        ),
+    ] = False,
+    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Column of what to compare: language, domain.", show_default=False),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of ids that translations of each other share.", show_default=False
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Longer texts are cut. Default 512.", show_default=False),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop there; groups take turns.", show_default=False)
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a batch with padding. Default 2,048 on a CPU, 16,384 on a GPU.",
             show_default=False,
         ),
     ] = None,
     exit_code: Annotated[
         bool,
-        typer.Option("--exit-code", help="Exit with 3 if any token got other experts."),
+        typer.Option(
+            "--exit-code",
+            help="Exit with 3 if any token got other experts, or any router tensor differs.",
+        ),
     ] = False,
     seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show how the routing of the same texts differs between two traces.
+    """Show how two checkpoints differ in their routers, or two traces in their routing.
+
+    Two checkpoints are compared on disk, and with --data on the same texts.
 
     Example: moetools diff trace-before/ trace-after/ --floor trace-before-again/
     """
-    from moetools.paired_traces import diff_traces
+    kind = same_kind(a, b)
+    running: dict[str, Any] = {
+        "group_column": group_column,
+        "id_column": id_column,
+        "sequence_length": sequence_length,
+        "max_tokens": max_tokens,
+        "batch_tokens": batch_tokens,
+    }
+    given = [name for name, value in running.items() if value is not None]
+    check_options(kind, floor=floor, data=data, match_experts=match_experts, running=given)
+    if kind == "trace":
+        from moetools.paired_traces import diff_traces
 
-    found = diff_traces(a, b, floor=floor, seed=seed)
-    if json:
-        console.show_json(trace_document(found))
+        traces = diff_traces(a, b, floor=floor, seed=seed)
+        differs = traces.differs
+        show(json, trace_document(traces), trace_lines(traces))
     else:
-        console.show(*trace_lines(found))
-    if exit_code and found.differs:
+        from moetools.comparing import CompareOptions, diff_checkpoints
+
+        options = CompareOptions(
+            data=tuple(data or ()),
+            text_column=text_column,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            match_experts=match_experts,
+            trust_remote_code=trust_remote_code,
+            **running,
+        )
+        checkpoints = diff_checkpoints(a, b, options)
+        differs = checkpoints.differs
+        show(json, checkpoint_document(checkpoints), checkpoint_lines(checkpoints))
+    if exit_code and differs:
         raise typer.Exit(DIFFERENT)
+
+
+def same_kind(a: str, b: str) -> Kind:
+    """Whether both are traces, or both something else, which opening will tell.
+
+    Raises:
+        RequestError: One is a trace and the other is not.
+    """
+    from moetools.errors import RequestError
+
+    traces = [name for name in (a, b) if is_trace(Path(name).expanduser())]
+    if len(traces) == 1:
+        other = b if traces[0] == a else a
+        if other != "demo" and "/" not in other and not Path(other).exists():
+            raise RequestError(f"{other}: no such folder.")
+        raise RequestError(
+            f"{traces[0]} is a trace and {other} is not. Compare two of a kind: trace {other} "
+            "on the same texts first."
+        )
+    return "trace" if traces else "checkpoint"
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a folder holds a trace, finished or not."""
+    from json import loads
+
+    try:
+        document = loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.get("format") == "moetools-trace"
+
+
+def check_options(
+    kind: Kind,
+    *,
+    floor: Path | None,
+    data: Sequence[str] | None,
+    match_experts: bool,
+    running: Sequence[str],
+) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        RequestError: An option belongs to the other kind, or needs `--data`.
+    """
+    from moetools.errors import RequestError
+
+    if kind == "trace" and (data or match_experts):
+        name = "--data" if data else "--match-experts"
+        raise RequestError(f"{name} is for two checkpoints; these are traces.")
+    if kind == "checkpoint" and floor is not None:
+        raise RequestError(
+            "--floor is for two traces; with --data two checkpoints are held against A in other "
+            "batches by themselves."
+        )
+    if running and not data:
+        option = f"--{running[0].replace('_', '-')}"
+        raise RequestError(
+            f"{option} says how to run two checkpoints over texts: name those with --data."
+        )
+
+
+def show(json: bool, document: dict[str, Any], lines: "Sequence[RenderableType]") -> None:
+    """Print a comparison, as one JSON document or in words."""
+    if json:
+        console.show_json(document)
+    else:
+        console.show(*lines)
 
 
 def trace_document(found: "TraceDiff") -> dict[str, Any]:
@@ -109,13 +276,13 @@ def trace_lines(found: "TraceDiff") -> "list[RenderableType]":
             shown.append(escape(f"{name:6} {trace.path}: {known}"))
     shown += [
         Text(f"{found.b.num_tokens:,} tokens in {found.b.num_sequences:,} sequences\n"),
-        _table(found),
+        _trace_table(found),
         Text(),
     ]
-    return [*shown, *(Text(line) for line in sentences(found))]
+    return [*shown, *(Text(line) for line in trace_sentences(found))]
 
 
-def _table(found: "TraceDiff") -> "RenderableType":
+def _trace_table(found: "TraceDiff") -> "RenderableType":
     """One line a layer; with a floor, every number has its own beside it."""
     from rich.table import Table
 
@@ -149,7 +316,7 @@ def _number(value: float, *, counted: bool = False) -> str:
     return "0.999" if counted and 0.9995 <= value < 1 else f"{value:.3f}"
 
 
-def sentences(found: "TraceDiff") -> list[str]:
+def trace_sentences(found: "TraceDiff") -> list[str]:
     """What the numbers say, what they mean beside their floor, and what would fool the reader."""
     from moetools import registry
     from moetools.analysis import select, single
@@ -190,3 +357,170 @@ def sentences(found: "TraceDiff") -> list[str]:
 def _share(value: float) -> str:
     """A percentage that says 100 % only of all."""
     return "all" if value == 1 else f"{min(value, 0.9999):.2%}" if value > 0.999 else f"{value:.1%}"
+
+
+def checkpoint_document(found: "CheckpointDiff") -> dict[str, Any]:
+    """The comparison of two checkpoints as plain values."""
+    from moetools.reporting import metrics
+
+    return {
+        "kind": "checkpoints",
+        "a": {"model": found.a.name, "revision": found.a.revision},
+        "b": {"model": found.b.name, "revision": found.b.revision},
+        "differs": found.differs,
+        "run": dict(found.run) or None,
+        "matching": {name: order.tolist() for name, order in found.matching.items()} or None,
+        "without_cells": dict(found.reasons),
+        "notes": list(found.notes),
+        "records": metrics.records(found.table.drop(columns=["trace", "step"])),
+    }
+
+
+def checkpoint_lines(found: "CheckpointDiff") -> "list[RenderableType]":
+    """The routers on disk, the split where it was run, and what both say in words."""
+    from rich.markup import escape
+    from rich.text import Text
+
+    shown: list[RenderableType] = [escape(f"A  {found.a.name}"), escape(f"B  {found.b.name}")]
+    if found.matching:
+        shown.append(Text(_matching(found)))
+    shown += ["", Text("Routers on disk", style="bold"), _disk_table(found)]
+    shown += ["", *(Text(line) for line in disk_sentences(found))]
+    if found.run:
+        run = found.run
+        facts = f"{run['num_tokens']:,} tokens in {run['num_sequences']:,} sequences"
+        shown += [
+            "",
+            Text("Experts of A that stay", style="bold"),
+            Text(f"{facts}, {run['dtype']} on {run['device']}\n"),
+            _split_table(found),
+            "",
+            *(Text(line) for line in split_sentences(found)),
+        ]
+    return shown
+
+
+def _matching(found: "CheckpointDiff") -> str:
+    """How many experts were renumbered."""
+    moved = {
+        name: sum(int(a) != b for b, a in enumerate(order))
+        for name, order in found.matching.items()
+    }
+    total = sum(len(order) for order in found.matching.values())
+    return (
+        f"Experts matched by their router rows: {sum(moved.values()):,} of {total:,} have another "
+        f"number in B, in {sum(count > 0 for count in moved.values())} of {len(moved)} routers."
+    )
+
+
+def _disk_table(found: "CheckpointDiff") -> "RenderableType":
+    from rich.table import Table
+
+    from moetools.analysis import select, single
+
+    table = found.table
+    metrics = [name for name in ON_DISK if len(select(table, metric=name))]
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("layer")
+    for name in metrics:
+        shown.add_column(ON_DISK[name], justify="right")
+    layers = sorted(select(table, metric="router_change", scope="layer")["layer"])
+    for layer in layers:
+        values = [single(table, name, "layer", layer=layer) for name in metrics]
+        shown.add_row(str(layer), *(_number(value) for value in values))
+    shown.add_row("mean", *(_number(single(table, name)) for name in metrics))
+    return shown
+
+
+def disk_sentences(found: "CheckpointDiff") -> list[str]:
+    """How many routers differ, and where most."""
+    from moetools.analysis import largest, select, single
+
+    layers = select(found.table, metric="num_changed_tensors", scope="layer")
+    changed = int((layers["value"] > 0).sum())
+    lines = ["No difference: every router tensor is the same."]
+    if changed:
+        most = largest(select(found.table, metric="router_change", scope="layer"))
+        lines = [
+            f"{changed} of {len(layers)} routers differ; their weights moved by "
+            f"{single(found.table, 'router_change'):.1%} of their norm on average, most in layer "
+            f"{most['layer']} ({most['value']:.1%}). Cosines of an expert's row in A and in B; "
+            "centred: without the mean row, which a softmax does not see."
+        ]
+    if not found.run:
+        lines.append("What that does to the routing of texts: add --data.")
+    return lines
+
+
+def _split_table(found: "CheckpointDiff") -> "RenderableType":
+    """Overlap with A's own selection, by what was taken from B."""
+    from rich.table import Table
+
+    from moetools.analysis import select
+
+    table = found.table[found.table["scope"].isin(["layer", "model"])]
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    shown.add_column("\nlayer")
+    for heading in CELLS.values():
+        shown.add_column(heading, justify="right")
+    for heading in ("\nfloor", "\nchance", "inter-\naction", "inputs\nchange", "experts\nchange"):
+        shown.add_column(heading, justify="right")
+
+    def number(metric: str, layer: Any, column: str = "value", **wanted: Any) -> float:
+        rows = select(table, metric=metric, layer=layer, group=None, **wanted)
+        return float(rows[column].iloc[0]) if len(rows) else float("nan")
+
+    for layer in [*sorted(select(table, metric="input_change")["layer"].dropna()), None]:
+        overlaps = [number("overlap_at_k", layer, cell=cell) for cell in CELLS]
+        overlaps.append(number("overlap_at_k", layer, "floor", cell="total"))
+        others = ("overlap_chance", "overlap_interaction", "input_change", "expert_drift")
+        shown.add_row(
+            "mean" if layer is None else str(layer),
+            *(_number(value, counted=True) for value in overlaps),
+            *(_number(number(name, layer)) for name in others),
+        )
+    return shown
+
+
+def split_sentences(found: "CheckpointDiff") -> list[str]:
+    """Which share of the change the routers and their inputs account for."""
+    from moetools.analysis import select, single
+
+    table = found.table
+
+    def loss(cell: str) -> float:
+        return 1 - single(table, "overlap_at_k", cell=cell)
+
+    total = select(table, metric="overlap_at_k", scope="model", cell="total").iloc[0]
+    both, routers, inputs = loss("total"), loss("router_only"), loss("input_only")
+    if both == 0:
+        lines = ["No difference: every token got the same experts in both models."]
+    else:
+        interval = ""
+        if total["low"] == total["low"]:
+            interval = f" (95 % interval {1 - total['high']:.1%} to {1 - total['low']:.1%})"
+        lines = [
+            f"{both:.1%} of A's experts are lost{interval}; A in other batches loses "
+            f"{1 - total['floor']:.1%}."
+        ]
+        if routers == routers and inputs == inputs:
+            lines.append(
+                f"B's routers on A's inputs lose {routers:.1%}, A's routers on B's inputs "
+                f"{inputs:.1%}; interaction: what both lose beyond the sum of the two, "
+                f"{both - routers - inputs:+.1%}."
+            )
+    change = select(table, metric="input_change", scope="model").iloc[0]
+    lines.append(
+        f"The routers' inputs changed by {change['value']:.1%} of their norm, in other batches of A "
+        f"by {change['floor']:.1%}."
+    )
+    drift = single(table, "expert_drift")
+    if drift == drift:
+        lines.append(f"On the same inputs the experts' outputs changed by {drift:.1%}.")
+    inside, size = single(table, "router_change_in_span"), single(table, "span_dimension")
+    if inside == inside:
+        lines.append(
+            f"{inside:.1%} of the routers' change acts on directions that the inputs use; they are "
+            f"{size:.1%} of all directions."
+        )
+    return [*lines, *found.notes]

@@ -42,7 +42,8 @@ def compare_selections(
     A token adds 1 to `tokens`; the share of A's experts that B selects too to `overlap`; common
     over all experts to `jaccard`; 1 to `exact` where both sets are equal, and to `top1` where the
     first expert is. Where both have positive weights, it adds 1 to `weighted_tokens` and to
-    `weighted` the sum over experts of the smaller weight, weights of a token summing to 1.
+    `weighted` the sum over experts of the smaller weight, weights of a token summing to 1. An
+    expert that a token selects twice counts once.
 
     Args:
         ids_a: [T, K] experts of A, largest weight first.
@@ -58,25 +59,38 @@ def compare_selections(
         row = sums[rows[s]]
         for t in range(offsets[s], offsets[s + 1]):
             num_a, num_b, total_a, total_b = 0, 0, 0.0, 0.0
+            for j in range(ids_b.shape[1]):
+                expert = ids_b[t, j]
+                if expert < num_experts:
+                    total_b += weights_b[t, j]
+                    num_b += 1
+                    for i in range(j):
+                        if ids_b[t, i] == expert:
+                            num_b -= 1
+                            break
             for i in range(ids_a.shape[1]):
                 if ids_a[t, i] < num_experts:
-                    num_a += 1
                     total_a += weights_a[t, i]
-            for j in range(ids_b.shape[1]):
-                if ids_b[t, j] < num_experts:
-                    num_b += 1
-                    total_b += weights_b[t, j]
-            if num_a == 0 and num_b == 0:
-                continue
             common, smaller = 0, 0.0
             for i in range(ids_a.shape[1]):
-                if ids_a[t, i] >= num_experts:
+                expert, is_first, weight_a = ids_a[t, i], True, 0.0
+                for j in range(ids_a.shape[1]):
+                    if ids_a[t, j] == expert:
+                        is_first &= j >= i
+                        weight_a += weights_a[t, j]
+                if expert >= num_experts or not is_first:
                     continue
+                num_a += 1
+                is_common, weight_b = False, 0.0
                 for j in range(ids_b.shape[1]):
-                    if ids_b[t, j] == ids_a[t, i]:
-                        common += 1
-                        if total_a > 0 and total_b > 0:
-                            smaller += min(weights_a[t, i] / total_a, weights_b[t, j] / total_b)
+                    if ids_b[t, j] == expert:
+                        is_common = True
+                        weight_b += weights_b[t, j]
+                common += is_common
+                if is_common and total_a > 0 and total_b > 0:
+                    smaller += min(weight_a / total_a, weight_b / total_b)
+            if num_a == 0 and num_b == 0:
+                continue
             row[0] += 1
             row[1] += common / max(num_a, 1)
             row[2] += common / (num_a + num_b - common)
@@ -208,3 +222,79 @@ def load_shift(
         "load_tv": distance / 2,
         "load_entropy_change": entropy_b - entropy_a,
     }
+
+
+def router_change(weight_a: NDArray[Any], weight_b: NDArray[Any]) -> dict[str, float]:
+    """How far a router's rows moved; NaN where a norm is zero.
+
+    Softmax routers select the same with any vector added to all rows, which is what centred rows
+    leave out; for sigmoid routers only the raw rows mean anything.
+
+    Args:
+        weight_a: [E, H] of A.
+        weight_b: [E, H] of B, expert by expert.
+    """
+    raw = cosines(weight_a, weight_b)
+    centred = cosines(weight_a - weight_a.mean(axis=0), weight_b - weight_b.mean(axis=0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.linalg.norm(weight_b - weight_a) / np.linalg.norm(weight_a)
+    return {
+        "router_change": float(change) if np.isfinite(change) else np.nan,
+        "row_cosine": float(raw.mean()),
+        "row_cosine_min": float(raw.min()),
+        "row_cosine_centred": float(centred.mean()),
+        "row_cosine_centred_min": float(centred.min()),
+    }
+
+
+def cosines(rows_a: NDArray[Any], rows_b: NDArray[Any]) -> NDArray[np.float64]:
+    """[E] cosine of each row of A with the same row of B; 1 for equal rows, NaN for zero rows."""
+    norms = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = (rows_a * rows_b).sum(axis=1) / norms
+    cosine = np.where((rows_a == rows_b).all(axis=1) & (norms > 0), 1.0, np.clip(cosine, -1, 1))
+    return np.asarray(cosine)
+
+
+def match_experts(weight_a: NDArray[Any], weight_b: NDArray[Any]) -> NDArray[np.int64]:
+    """[E] for each expert of A the one of B whose router row is like its own.
+
+    The assignment with the largest sum of cosines between centred rows.
+
+    Args:
+        weight_a: [E, H] router of A.
+        weight_b: [E, H] router of B.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    units = []
+    for weight in (weight_a, weight_b):
+        centred = weight - weight.mean(axis=0)
+        norms = np.linalg.norm(centred, axis=1, keepdims=True)
+        units.append(centred / np.where(norms > 0, norms, 1))
+    _, order = linear_sum_assignment(units[0] @ units[1].T, maximize=True)
+    return np.asarray(order, dtype=np.int64)
+
+
+def energy_in_span(
+    change: NDArray[Any], gram: NDArray[np.float64], *, share: float = 0.99
+) -> tuple[float, float]:
+    """How much of a change of router rows acts on the inputs that were seen.
+
+    Args:
+        change: [E, H] difference of two routers.
+        gram: [H, H] sum of the outer products of unit-length inputs.
+        share: Part of the inputs' energy that their span must hold.
+
+    Returns:
+        Share of the squared norm of the change inside the span of the strongest directions, and
+        the share of all directions that are in it, what a change without direction would give.
+        The first is NaN without a change.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = np.clip(values[::-1], 0, None), vectors[:, ::-1]
+    held = np.cumsum(values)
+    size = min(int(np.searchsorted(held, share * held[-1])) + 1, len(values))
+    total = float((change**2).sum())
+    inside = float(((change @ vectors[:, :size]) ** 2).sum())
+    return inside / total if total > 0 else np.nan, size / len(values)
