@@ -7,14 +7,15 @@ all rows and all experts, and breaks only which belongs to which.
 E routed experts, D neurons of each, d hidden size, N tokens, B permutations.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetools.intervals import block_of
+from moetools.intervals import NUM_BLOCKS, block_of, replicate_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,8 @@ EXACT_SIZE = 512
 """Experts with at most so many neurons or channels get exact singular vectors."""
 OVERSAMPLED = 16
 POWER_ITERATIONS = 4
+NUM_FOLDS = 20
+"""Parts of the sequences whose means are kept apart."""
 
 Array = NDArray[np.float64]
 
@@ -105,10 +108,11 @@ def top_directions(weight: "Tensor", count: int) -> "Tensor":
     """
     import torch
 
+    found: Tensor
     if min(weight.shape) <= EXACT_SIZE:
         exact = weight.double()
         if len(weight) > weight.shape[1]:
-            found: Tensor = torch.linalg.eigh(exact.T @ exact)[1][:, -count:].flip(1).T
+            found = torch.linalg.eigh(exact.T @ exact)[1][:, -count:].flip(1).T
         else:
             left = torch.linalg.eigh(exact @ exact.T)[1][:, -count:].flip(1)
             found = torch.linalg.qr(exact.T @ left)[0].T
@@ -120,7 +124,7 @@ def top_directions(weight: "Tensor", count: int) -> "Tensor":
         basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis)[0])[0]
     _, _, right = torch.linalg.svd(weight @ basis, full_matrices=False)
     found = right[:count] @ basis.T
-    return found
+    return found.contiguous()
 
 
 def activations(layer: "LayerExperts", inputs: "Tensor") -> dict[str, Array]:
@@ -193,7 +197,9 @@ def erc_violations(gain: Array) -> tuple[float, float]:
     return float((gain >= own)[others].mean()), float((own <= gain.T)[others].mean())
 
 
-def permutations(size: int, *, seed: int, count: int = NUM_PERMUTATIONS) -> NDArray[np.int64]:
+def permutations(
+    size: int, *, seed: Sequence[int], count: int = NUM_PERMUTATIONS
+) -> NDArray[np.int64]:
     """[B, E] random orders of the experts."""
     generator = np.random.default_rng(seed)
     return generator.permuted(np.tile(np.arange(size), (count, 1)), axis=1)
@@ -269,6 +275,284 @@ def selected(index: NDArray[Any], num_experts: int) -> Array:
     found = np.zeros((len(index), num_experts))
     rows, places = np.nonzero(index < num_experts)
     found[rows, index[rows, places]] = 1
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistic:
+    """One number about the match of rows and experts in one layer.
+
+    Attributes:
+        metric: Its name.
+        draws: [1 + B] the number, then the same with the experts dealt to the rows at random.
+        less: Coupling makes it smaller.
+        replicates: [R] bootstrap replicates over sequences; empty for weights.
+        num_tokens: Tokens that it rests on; 0 for weights.
+        parameters: What it is computed from, where there is a choice.
+    """
+
+    metric: str
+    draws: Array
+    less: bool = False
+    replicates: Array = field(default_factory=lambda: np.empty(0))
+    num_tokens: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def weight_statistics(
+    geometry: Geometry, orders: NDArray[np.int64], gauge: str
+) -> Iterator[Statistic]:
+    """Statistics of one layer that need no token.
+
+    Args:
+        geometry: Rows against experts.
+        orders: [B, E] permutations.
+        gauge: What was done to the rows.
+    """
+    places = row_ranks(geometry.alignment)
+    for metric, matrix in (
+        ("alignment", geometry.alignment),
+        ("alignment_z", row_deviations(geometry.alignment)),
+        ("alignment_top1", (places == 1).astype(np.float64)),
+        ("alignment_mrr", 1 / places),
+        ("signed_alignment", geometry.signed),
+    ):
+        yield Statistic(metric=metric, draws=matched(matrix, orders), parameters={"gauge": gauge})
+    for m, shares in geometry.energy.items():
+        yield Statistic(
+            metric="singular_energy",
+            draws=matched(shares, orders),
+            parameters={"gauge": gauge, "directions": m},
+        )
+    scale = matched(geometry.gain, orders)
+    for alpha in ALPHAS:
+        losses = permuted(functools.partial(erc_loss, alpha=alpha), geometry.gain, orders)
+        for form, values in (("raw", losses), ("scale_free", losses / scale)):
+            yield Statistic(
+                metric="erc",
+                draws=values,
+                less=True,
+                parameters={"gauge": gauge, "alpha": alpha, "form": form},
+            )
+    violations = permuted(erc_violations, geometry.gain, orders)
+    for metric, values in (
+        ("erc_alpha_star", permuted(erc_threshold, geometry.gain, orders)),
+        ("erc_row_violations", violations[:, 0]),
+        ("erc_column_violations", violations[:, 1]),
+    ):
+        yield Statistic(metric=metric, draws=values, less=True, parameters={"gauge": gauge})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draws:
+    """Bootstrap draws of whole sequences, for some tokens.
+
+    Attributes:
+        block: [N] block of sequences that each token belongs to.
+        weights: [1 + R, number of blocks] how often a block counts: once, then in every draw.
+    """
+
+    block: NDArray[np.int64]
+    weights: Array
+
+    @classmethod
+    def of(cls, sequence: NDArray[Any], *, seed: int) -> "Draws":
+        """Draws of the blocks that these sequences fall in; NaN where they are fewer than two."""
+        block = block_of(sequence, NUM_BLOCKS)
+        drawn = replicate_weights(np.bincount(block, minlength=NUM_BLOCKS) > 0, seed=seed)
+        weights = np.vstack([np.ones(NUM_BLOCKS), drawn])
+        return cls(block=block, weights=weights)
+
+    def sums(self, values: Array) -> Array:
+        """[1 + R, ...] sums of [N, ...] over all tokens, then over the tokens of every draw."""
+        flat = values.reshape(len(values), -1)
+        of_blocks = np.stack(
+            [np.bincount(self.block, column, minlength=NUM_BLOCKS) for column in flat.T], axis=1
+        )
+        drawn = self.weights @ of_blocks
+        return drawn.reshape(len(drawn), *values.shape[1:])
+
+
+def agreement_statistics(
+    scores: Mapping[str, Array],
+    answers: Mapping[str, Array],
+    chosen: Array,
+    bootstrap: Draws,
+    orders: NDArray[np.int64],
+) -> Iterator[Statistic]:
+    """Whether the experts that a token scores high are those that answer strongly to it.
+
+    Args:
+        scores: [N, E] router logits by gauge; the first is raw.
+        answers: [N, E] activations by name (`activations`).
+        chosen: [N, E] selections (`selected`).
+        bootstrap: Draws of these tokens.
+        orders: [B, E] permutations.
+    """
+    num_tokens, num_experts = next(iter(scores.values())).shape
+    within = unit_ranks(next(iter(scores.values())), 1)
+    across = {gauge: unit_ranks(logits, 0) for gauge, logits in scores.items()}
+    for name, values in answers.items():
+        ranks, places = unit_ranks(values, 1), percentiles(values)
+        per_token = np.stack([(within * ranks).sum(axis=1), np.ones(num_tokens)], axis=1)
+        sums = bootstrap.sums(per_token)
+        yield Statistic(
+            metric="score_agreement",
+            draws=matched(within.T @ ranks, orders) * num_experts / num_tokens,
+            replicates=ratio(sums[1:, 0], sums[1:, 1]),
+            num_tokens=num_tokens,
+            parameters={"activation": name},
+        )
+        per_token = np.stack([(chosen * places).sum(axis=1), chosen.sum(axis=1)], axis=1)
+        sums = bootstrap.sums(per_token)
+        yield Statistic(
+            metric="selected_activation",
+            draws=ratio(matched(chosen.T @ places, orders) * num_experts, chosen.sum()),
+            replicates=ratio(sums[1:, 0], sums[1:, 1]),
+            num_tokens=num_tokens,
+            parameters={"activation": name},
+        )
+        along = unit_ranks(values, 0)
+        for gauge, score in across.items():
+            parts = np.stack([score * along, score**2, along**2, score, along], axis=1)
+            yield Statistic(
+                metric="expert_score_agreement",
+                draws=matched(score.T @ along, orders),
+                replicates=drawn_correlations(bootstrap, parts),
+                num_tokens=num_tokens,
+                parameters={"activation": name, "gauge": gauge},
+            )
+
+
+def drawn_correlations(bootstrap: Draws, parts: Array) -> Array:
+    """[R] mean over experts of the correlation of two columns, on bootstrap draws.
+
+    Args:
+        bootstrap: Draws of the tokens.
+        parts: [N, 5, E] product, squares and values of both columns.
+    """
+    product, square, square_b, value, value_b = np.moveaxis(bootstrap.sums(parts)[1:], 1, 0)
+    count = bootstrap.sums(np.ones((len(parts), 1)))[1:]
+    covariance = product - value * value_b / count
+    spread = (square - value**2 / count) * (square_b - value_b**2 / count)
+    return np.asarray(ratio(covariance, np.sqrt(np.maximum(spread, 0))).mean(axis=1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Centroids:
+    """Sums of the inputs that select each expert, in folds of the sequences.
+
+    Attributes:
+        fold: [N] fold of each token.
+        sums: [F, E, d].
+        weights: [1 + R, F] bootstrap draws of the folds, the first takes each once.
+    """
+
+    fold: NDArray[np.int64]
+    sums: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, inputs: Array, chosen: Array, sequence: NDArray[Any], *, seed: int) -> "Centroids":
+        """Sum inputs [N, d] over selections [N, E], by the fold of each token's sequence [N]."""
+        fold = block_of(sequence, NUM_FOLDS)
+        sums = np.stack([chosen[fold == b].T @ inputs[fold == b] for b in range(NUM_FOLDS)])
+        drawn = replicate_weights(np.bincount(fold, minlength=NUM_FOLDS) > 0, seed=seed)
+        return cls(fold=fold, sums=sums, weights=np.vstack([np.ones(NUM_FOLDS), drawn]))
+
+
+def centroid_alignment(
+    rows: Mapping[str, Array], centroids: Centroids, num_tokens: int, seed: Sequence[int]
+) -> Iterator[Statistic]:
+    """Whether a row points to the mean of the tokens that select its expert.
+
+    Experts that no token selects are left out.
+
+    Args:
+        rows: [E, d] router rows by gauge.
+        centroids: Sums of the tokens' inputs.
+        num_tokens: How many tokens these are.
+        seed: Seed of the permutations.
+    """
+    seen = np.flatnonzero(np.linalg.norm(centroids.sums.sum(axis=0), axis=1) > 0)
+    if len(seen) < 2:
+        return
+    parts = centroids.sums[:, seen]
+    weights = centroids.weights
+    orders = permutations(len(seen), seed=seed)
+    squares = np.einsum("bed,ced->ebc", parts, parts, optimize=True)
+    squared = np.stack([((weights @ of_expert) * weights).sum(axis=1) for of_expert in squares], 1)
+    lengths = np.sqrt(np.maximum(squared, 0))  # [1 + R, E]
+    for gauge, all_rows in rows.items():
+        units = all_rows[seen] / np.linalg.norm(all_rows[seen], axis=1, keepdims=True)
+        products = np.stack([units @ part.T for part in parts])  # [F, E, E]
+        own = weights @ np.diagonal(products, axis1=1, axis2=2)  # [1 + R, E]
+        columns = weights @ products.sum(axis=1)
+        size = len(seen)
+        matching = ratio(own, lengths).sum(axis=1)
+        others = ratio(columns, lengths).sum(axis=1) - matching
+        yield Statistic(
+            metric="centroid_alignment",
+            draws=permuted(contrast, ratio(products.sum(axis=0), lengths[0]), orders),
+            replicates=(matching / size - others / (size * (size - 1)))[1:],
+            num_tokens=num_tokens,
+            parameters={"gauge": gauge},
+        )
+
+
+def centroid_overlap(
+    inputs: Array,
+    index: NDArray[np.int64],
+    centroids: Centroids,
+    bootstrap: Draws,
+    seed: Sequence[int],
+) -> Iterator[Statistic]:
+    """How much of a token's selection lies among the experts with the nearest means.
+
+    Each token is held against means over the other half of the sequences; nothing where one half
+    is empty.
+
+    Args:
+        inputs: [N, d] what the router saw.
+        index: [N, K] selected experts; E or more is none.
+        centroids: Sums of these inputs.
+        bootstrap: Draws of these tokens.
+        seed: Seed of the permutations.
+    """
+    num_experts = centroids.sums.shape[1]
+    chosen = selected(index, num_experts)
+    predicted = np.zeros_like(chosen)
+    for half in range(2):
+        own = np.flatnonzero(centroids.fold % 2 == half)
+        means = centroids.sums[1 - half :: 2].sum(axis=0)
+        if not len(own) or not means.any():
+            return
+        cosines = ratio(inputs[own] @ means.T, np.linalg.norm(means, axis=1))
+        order = np.argsort(-np.nan_to_num(cosines, nan=-np.inf), axis=1)
+        predicted[own[:, None], order[:, : index.shape[1]]] = 1
+    hits = np.stack([(predicted * chosen).sum(axis=1), chosen.sum(axis=1)], axis=1)
+    sums = bootstrap.sums(hits)
+    orders = permutations(num_experts, seed=seed)
+    yield Statistic(
+        metric="centroid_overlap",
+        draws=ratio(matched(chosen.T @ predicted, orders) * num_experts, chosen.sum()),
+        replicates=ratio(sums[1:, 0], sums[1:, 1]),
+        num_tokens=len(chosen),
+    )
+
+
+def contrast(matrix: Array) -> float:
+    """Mean of the entries [e, e] minus the mean of all others."""
+    size = len(matrix)
+    own = np.trace(matrix)
+    return float(own / size - (matrix.sum() - own) / (size * (size - 1)))
+
+
+def ratio(above: Any, below: Any) -> NDArray[np.float64]:
+    """Quotient; NaN where the divisor is 0."""
+    above, below = np.broadcast_arrays(np.asarray(above, np.float64), below)
+    found = np.full(above.shape, np.nan)
+    np.divide(above, below, out=found, where=below != 0)
     return found
 
 
