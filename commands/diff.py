@@ -132,7 +132,7 @@ def diff(
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
     }
-    given = [name for name, value in running.items() if value is not None]
+    given = {name: value for name, value in running.items() if value is not None}
     check_options(kind, floor=floor, data=data, match_experts=match_experts, running=given)
     if kind == "trace":
         from moetools.paired_traces import diff_traces
@@ -166,12 +166,17 @@ def same_kind(a: str, b: str) -> Kind:
     Raises:
         RequestError: One is a trace and the other is not.
     """
+    from moetools.checkpoint import HUB_ID
     from moetools.errors import RequestError
 
     traces = [name for name in (a, b) if is_trace(Path(name).expanduser())]
     if len(traces) == 1:
         other = b if traces[0] == a else a
-        if other != "demo" and "/" not in other and not Path(other).exists():
+        if (
+            not Path(other).expanduser().exists()
+            and other != "demo"
+            and not HUB_ID.fullmatch(other)
+        ):
             raise RequestError(f"{other}: no such folder.")
         raise RequestError(
             f"{traces[0]} is a trace and {other} is not. Compare two of a kind: trace {other} "
@@ -197,12 +202,12 @@ def check_options(
     floor: Path | None,
     data: Sequence[str] | None,
     match_experts: bool,
-    running: Sequence[str],
+    running: dict[str, Any],
 ) -> None:
     """Refuse options that would do nothing.
 
     Raises:
-        RequestError: An option belongs to the other kind, or needs `--data`.
+        RequestError: An option belongs to the other kind, needs `--data`, or is out of range.
     """
     from moetools.errors import RequestError
 
@@ -214,11 +219,14 @@ def check_options(
             "--floor is for two traces; with --data two checkpoints are held against A in other "
             "batches by themselves."
         )
-    if running and not data:
-        option = f"--{running[0].replace('_', '-')}"
-        raise RequestError(
-            f"{option} says how to run two checkpoints over texts: name those with --data."
-        )
+    for name, value in running.items():
+        option = f"--{name.replace('_', '-')}"
+        if not data:
+            raise RequestError(
+                f"{option} says how to run two checkpoints over texts: name those with --data."
+            )
+        if isinstance(value, int) and value < 1:
+            raise RequestError(f"{option} {value}: expected at least 1.")
 
 
 def show(json: bool, document: dict[str, Any], lines: "Sequence[RenderableType]") -> None:
@@ -511,8 +519,8 @@ def split_sentences(found: "CheckpointDiff") -> list[str]:
             )
     change = select(table, metric="input_change", scope="model").iloc[0]
     lines.append(
-        f"The routers' inputs changed by {change['value']:.1%} of their norm, in other batches of A "
-        f"by {change['floor']:.1%}."
+        f"The routers' inputs changed by {change['value']:.1%} of their norm, in other batches of "
+        f"A by {change['floor']:.1%}."
     )
     drift = single(table, "expert_drift")
     if drift == drift:

@@ -621,20 +621,20 @@ class _Comparison:
         inputs = routing_a.router_inputs
         assert inputs is not None
         assert routing_b.router_inputs is not None
-        x = inputs.double()
+        x = inputs.float()
         again = torch.cat([each.router_inputs for each in halves])[: len(x)]  # type: ignore[misc]
         norms = x.norm(dim=1)
         columns = torch.stack(
             [
                 norms > 0,
-                _relative(routing_b.router_inputs.double() - x, norms),
-                _relative(again.double() - x, norms),
+                _relative(routing_b.router_inputs.float() - x, norms),
+                _relative(again.float() - x, norms),
             ],
             dim=1,
         )
         np.add.at(sums.inputs, cell, _by_sequence(columns.cpu().numpy(), offsets))
         if sums.gram is not None:
-            unit = (x / norms.clamp_min(torch.finfo(x.dtype).tiny)[:, None]).cpu()
+            unit = (x / norms.clamp_min(torch.finfo(x.dtype).tiny)[:, None]).cpu().double()
             sums.gram += unit.T @ unit
 
     def _numbered(self, name: str, selection: Selection) -> Selection:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import save_tiny_checkpoint
 from synthetic import random_probs, top_k_of, write_trace
 
 from moetools import cli
@@ -181,3 +182,81 @@ def test_a_floor_of_another_model(refused, tmp_path, traces):
     (b / MANIFEST).write_text(json.dumps(document), encoding="utf-8")
     line = refused(a, again, "--floor", b)
     assert f"--floor {b}: router 00 is not that of {a}. Record the model of" in line
+
+
+@pytest.fixture(scope="session")
+def other_checkpoint(tmp_path_factory):
+    """Like `tiny_checkpoint`, with other random weights."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "other", seed=1)
+
+
+def test_two_checkpoints_on_disk(capsys, tiny_checkpoint, other_checkpoint):
+    code, shown, _ = moetools(capsys, "diff", tiny_checkpoint, other_checkpoint, "--quiet")
+    assert code == 0
+    assert max(map(len, shown.splitlines()[2:])) <= 80
+    assert "2 of 2 routers differ; their weights moved by" in shown
+    assert "add --data" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    mean = next(row for row in rows if row[:1] == ["mean"])
+    assert float(mean[1]) > 1
+    assert abs(float(mean[2])) < 0.2
+
+
+def test_two_checkpoints_on_texts(capsys, tiny_checkpoint, other_checkpoint, parallel_texts):
+    arguments = (
+        "diff", tiny_checkpoint, other_checkpoint, "--data", parallel_texts, "--max-tokens", 300,
+        "--group-column", "lang", "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    code, shown, err = moetools(capsys, *arguments)
+    assert code == 0, err
+    assert max(map(len, shown.splitlines()[2:])) <= 80
+    words = " ".join(shown.split())
+    assert "300 tokens in" in words
+    assert "of A's experts are lost" in words
+    assert "B's routers on A's inputs lose" in words
+    document = json.loads(moetools(capsys, *arguments, "--json")[1])
+    assert document["kind"] == "checkpoints"
+    assert document["run"]["num_tokens"] == 300
+    cells = {record.get("cell") for record in document["records"]}
+    assert {"router_only", "input_only", "total"} <= cells
+    split = [r for r in document["records"] if r["metric"] == "overlap_at_k" and "cell" in r]
+    assert all("floor" in record for record in split)
+    scopes = {(record["scope"], record.get("group")) for record in split}
+    assert scopes >= {("model", None), ("layer", None), ("group", "de")}
+
+
+def test_exit_code_and_matching_of_checkpoints(capsys, tiny_checkpoint, other_checkpoint):
+    same = ("diff", tiny_checkpoint, tiny_checkpoint, "--exit-code", "--quiet")
+    code, shown, _ = moetools(capsys, *same)
+    assert code == 0
+    assert "No difference: every router tensor is the same." in shown
+    different = ("diff", tiny_checkpoint, other_checkpoint, "--exit-code", "--quiet")
+    assert moetools(capsys, *different)[0] == 3
+    code, shown, _ = moetools(capsys, *different, "--match-experts", "--json")
+    assert code == 3
+    matching = json.loads(shown)["matching"]
+    assert sorted(matching) == ["00", "01"]
+    assert all(sorted(order) == list(range(8)) for order in matching.values())
+    shown = moetools(capsys, *different, "--match-experts")[1]
+    assert "Experts matched by their router rows:" in shown
+
+
+def test_requests_that_make_no_sense(refused, tmp_path, traces, tiny_checkpoint):
+    a, b, _ = traces
+    assert "is a trace and" in refused(a, tiny_checkpoint)
+    assert "Compare two of a kind" in refused(tiny_checkpoint, a)
+    assert f"{tmp_path / 'nothing'}: no such folder" in refused(a, tmp_path / "nothing")
+    assert "no such folder" in refused(tiny_checkpoint, tmp_path / "nothing")
+    assert "--data is for two checkpoints" in refused(a, b, "--data", "demo")
+    assert "--match-experts is for two checkpoints" in refused(a, b, "--match-experts")
+    assert "--floor is for two traces" in refused(tiny_checkpoint, tiny_checkpoint, "--floor", a)
+    assert "--batch-tokens says how to run" in refused(a, b, "--batch-tokens", 5)
+    assert "--max-tokens says how to run" in refused(
+        tiny_checkpoint, tiny_checkpoint, "--max-tokens", 5
+    )
+    pair = (tiny_checkpoint, tiny_checkpoint, "--data")
+    assert "missing.jsonl" in refused(*pair, tmp_path / "missing.jsonl")
+    assert "--device warp: expected" in refused(*pair, "demo", "--device", "warp")
+    assert "--dtype int1: expected" in refused(*pair, "demo", "--dtype", "int1")
+    line = refused(*pair, "demo", "--max-tokens", 0)
+    assert "--max-tokens 0: expected at least 1" in line
