@@ -30,7 +30,6 @@ LARGEST_GAMMA = 2000.0
 NUM_GRID = 60
 LARGEST_SCALE = 1000.0
 MAX_ITERATIONS = 200
-LARGEST_BETA = 50.0
 MIN_SPREAD = 1e-9
 
 
@@ -118,7 +117,9 @@ def fit_temperature(quality: Array, load: Array) -> Floats:
         grow with the quality.
     """
     quality, load, shape = _matched(quality, load)
-    return (1 / _fit_scale(quality, load)).reshape(shape)
+    found = np.empty(len(quality))
+    _fit_scale(quality, load, found)
+    return (1 / found).reshape(shape)
 
 
 def gamma_error(quality: Array, gamma: float, num_selections: float) -> float:
@@ -233,92 +234,175 @@ def percentile_interval(replicates: Array) -> tuple[Floats, Floats]:
     return low, high
 
 
-def pearson(x: Array, y: Array) -> float:
-    """Correlation of two series over the places where both are finite; NaN below three of them."""
+def pearson(x: Array, y: Array) -> Floats:
+    """Correlation over the last axis of [..., N], where both are finite; NaN below three places."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
-    if len(x) < 3 or np.ptp(x) < 1e-12 or np.ptp(y) < 1e-12:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
+    count = both.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        x, y = (
+            np.where(both, each - (np.where(both, each, 0).sum(axis=-1) / count)[..., None], 0)
+            for each in (x, y)
+        )
+        size = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+        known = (count >= 3) & (np.abs(x).max(axis=-1) > 1e-12) & (np.abs(y).max(axis=-1) > 1e-12)
+        return np.asarray(np.where(known, (x * y).sum(axis=-1) / size, np.nan))
+
+
+def qualities(
+    selections: Array,
+    probs: Array,
+    logprob: Array | None = None,
+    gate: Array | None = None,
+    contribution: Array | None = None,
+) -> dict[str, Floats]:
+    """Estimates of the experts' qualities from sums over tokens [..., E], centred.
+
+    Args:
+        selections: How often each expert was selected.
+        probs: Sums of probabilities over all tokens.
+        logprob: Sums of their logarithms.
+        gate: Sums of routing weights over the tokens that selected the expert.
+        contribution: The same of the norm of what it adds: weight times norm of its output.
+
+    Returns:
+        `q1` log of the mean probability, `q2` mean log probability, `q3` log of the mean weight,
+        `q4` log of the mean contribution; those that have their sums. -inf where unknown.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {"q1": np.log(probs)}
+        if logprob is not None:
+            found["q2"] = logprob / np.sum(probs, axis=-1, keepdims=True)
+        if gate is not None:
+            found["q3"] = np.log(gate / selections)
+        if contribution is not None:
+            found["q4"] = np.log(contribution / selections)
+    return {name: centred(quality) for name, quality in found.items()}
+
+
+def fits(quality: Array, counts: Array) -> dict[str, Floats]:
+    """Everything that is fitted to one load, for the data and its bootstrap replicates.
+
+    Args:
+        quality: [1 + B, E] q, the data first.
+        counts: [1 + B, E] selections.
+
+    Returns:
+        [1 + B] each: `gamma_eff`; `l1_mfg` from its equilibrium; `temperature`, `gamma_temperature`
+        = E * (T - 1) and `l1_softmax` of the best softmax(q / T); `b_quality`, the largest over the
+        mean of softmax(q).
+    """
+    load = shares(counts, np.isfinite(quality))
+    gamma = fit_near(quality, load)
+    temperature = fit_temperature(quality, load)
+    scaled = softmax(quality / temperature[:, None])
+    return {
+        "gamma_eff": gamma,
+        "l1_mfg": l1(load, equilibrium(quality, gamma)),
+        "temperature": temperature,
+        "gamma_temperature": quality.shape[-1] * (temperature - 1),
+        "l1_softmax": l1(load, scaled),
+        "b_quality": largest_over_mean(softmax(quality)),
+    }
+
+
+def fit_near(quality: Array, load: Array) -> Floats:
+    """`fit_gamma` of the data and its replicates [1 + B, E], these from the gamma of the data."""
+    value = fit_gamma(quality[0], load[0])
+    return np.append(value, fit_gamma(quality[1:], load[1:], start=value))
+
+
+def held_out(quality: Array, counts: Array) -> dict[str, Floats]:
+    """L1 of loads that are predicted from the other half of the data, both ways, averaged.
+
+    Args:
+        quality: [2, 1 + B, E] q of each half.
+        counts: [2, 1 + B, E] selections of each half.
+
+    Returns:
+        [1 + B] each: `mfg`, the equilibrium of the other half's gamma, and `softmax`, of its
+        temperature.
+    """
+    known = np.isfinite(quality)
+    load = shares(counts, known)
+    found: dict[str, list[Floats]] = {"mfg": [], "softmax": []}
+    for q, own, other in ((quality[0], load[0], load[1]), (quality[1], load[1], load[0])):
+        found["mfg"].append(l1(other, equilibrium(q, fit_near(q, own))))
+        found["softmax"].append(l1(other, softmax(q / fit_temperature(q, own)[:, None])))
+    return {name: np.mean(values, axis=0) for name, values in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TypesFit:
-    """Several types of tokens that share one congestion.
+class Phase:
+    """A phase of a trajectory, from one checkpoint to another.
 
     Attributes:
-        beta: Weight of the quality, from contrasts across types, which are free of congestion.
-        slope: gamma as the slope of the experts' common cost on their load: biased low.
-        gamma: gamma of the constrained fit, beta fixed.
+        name: `surge`, `stabilisation` or `relaxation`.
+        first: Index of its first checkpoint.
+        last: Index of its last checkpoint.
+        resolved: Whether intervals, not the eye, tell it.
     """
 
-    beta: float
-    slope: float
-    gamma: float
+    name: str
+    first: int
+    last: int
+    resolved: bool
 
 
-def types_equilibrium(
-    quality: Array, weight: Array, gamma: float, *, beta: float = 1.0
-) -> tuple[Floats, Floats]:
-    """Equilibrium of several types of tokens with one congestion.
+def phases(gamma: Array, low: Array, high: Array, b_low: Array, b_high: Array) -> list[Phase]:
+    """The three phases of gamma over the checkpoints of one run.
 
-    p_c = softmax(beta * q_c - gamma * m), m = sum over types of weight_c * p_c: unique for gamma
-    at least 0. By Newton's method with backtracking.
+    Surge: the increasing run that ends at the largest gamma. Relaxation: of the decreasing runs
+    after it the one that falls most. Both are resolved where the 95 % intervals of their ends do
+    not overlap. Stabilisation: the longest run of checkpoints whose intervals of B all overlap,
+    resolved from three checkpoints on.
 
     Args:
-        quality: [C, E] q of each type, finite.
-        weight: [C] share of the tokens of each type.
-        gamma: At least 0.
-        beta: Weight of the quality.
+        gamma: [N] by step.
+        low: [N] lower ends of its intervals; NaN resolves nothing.
+        high: [N] upper ends.
+        b_low: [N] lower ends of the intervals of B.
+        b_high: [N] upper ends.
 
     Returns:
-        [C, E] choices of each type, and [E] the total load.
+        One of each; a phase that is not there at all has first = last.
     """
-    if gamma < 0:
-        raise ValueError("The equilibrium of types is unique for gamma at least 0.")
-    scores = beta * np.asarray(quality, dtype=np.float64)
-    weight = np.asarray(weight, dtype=np.float64)
-    start = weight @ softmax(scores / (1 + gamma / scores.shape[1]))
-    choices, load, _ = _settle_types(scores, weight, float(gamma), start)
-    return choices, load
-
-
-def fit_types(quality: Array, counts: Array, weight: Array | None = None) -> TypesFit:
-    """Separate the weight of quality from congestion, from the selections of several types.
-
-    First log p_ce = beta * q_ce + a_c - eta_e, a model with an effect of each type and each expert,
-    by maximum likelihood; the slope of eta on the load starts the search for the gamma whose
-    equilibrium, beta fixed, has the largest likelihood.
-
-    Args:
-        quality: [C, E] q of each type, finite.
-        counts: [C, E] selections.
-        weight: [C] share of each type; by default that of its selections.
-
-    Returns:
-        NaN for what the selections do not tell: fewer than two types or experts, or qualities
-        without contrast across types.
-    """
-    quality, counts = np.asarray(quality, float), np.asarray(counts, float)
-    kept_types, kept = counts.sum(axis=1) > 0, counts.sum(axis=0) > 0
-    quality, counts = quality[kept_types][:, kept], counts[kept_types][:, kept]
-    nothing = TypesFit(beta=np.nan, slope=np.nan, gamma=np.nan)
-    if min(counts.shape) < 2:
-        return nothing
-    contrast = quality - quality.mean(axis=1, keepdims=True) - quality.mean(axis=0)
-    if np.ptp(contrast) < MIN_SPREAD:
-        return nothing
-    weight = counts.sum(axis=1) if weight is None else np.asarray(weight, float)[kept_types]
-    weight = weight / weight.sum()
-    beta, cost = _fit_effects(quality, counts)
-    load = counts.sum(axis=0) / counts.sum()
-    spread = load - load.mean()
-    if not np.isfinite(beta) or (spread**2).sum() < 1e-16:
-        return TypesFit(beta=beta, slope=np.nan, gamma=np.nan)
-    slope = float(spread @ cost / (spread**2).sum())
-    gamma = _fit_types_gamma(beta * quality, counts, weight, max(slope, 0.0))
-    return TypesFit(beta=beta, slope=slope, gamma=gamma)
+    gamma = np.asarray(gamma, dtype=np.float64)
+    if not np.isfinite(gamma).all() or not len(gamma):
+        return []
+    peak = int(gamma.argmax())
+    first = peak
+    while first > 0 and gamma[first - 1] < gamma[first]:
+        first -= 1
+    fall = (peak, peak)
+    start = peak
+    for i in range(peak, len(gamma)):
+        if i > start and gamma[i] >= gamma[i - 1]:
+            start = i
+        if gamma[start] - gamma[i] > gamma[fall[0]] - gamma[fall[1]]:
+            fall = (start, i)
+    steady = (0, 0)
+    for i in range(len(gamma)):
+        for j in range(i, len(gamma)):
+            if not np.max(b_low[i : j + 1]) <= np.min(b_high[i : j + 1]):
+                break
+            if j - i > steady[1] - steady[0]:
+                steady = (i, j)
+    return [
+        Phase(name="surge", first=first, last=peak, resolved=bool(low[peak] > high[first])),
+        Phase(
+            name="stabilisation",
+            first=steady[0],
+            last=steady[1],
+            resolved=steady[1] - steady[0] >= 2,
+        ),
+        Phase(
+            name="relaxation",
+            first=fall[0],
+            last=fall[1],
+            resolved=bool(high[fall[1]] < low[fall[0]]),
+        ),
+    ]
 
 
 def _rows(values: Array) -> Floats:
@@ -622,33 +706,64 @@ def _fit_l1(quality: Floats, load: Floats, lower: float, upper: float) -> Floats
     return np.where(np.isfinite(load).all(axis=1) & _varied(quality), found, np.nan)
 
 
-def _fit_scale(quality: Floats, load: Floats) -> Floats:
-    """1 / T of rows [R, E]: the mean quality under softmax(scale * q) grows with the scale."""
-    known = np.isfinite(quality)
-    q = np.where(known, quality, 0.0)
-    wanted = (np.where(known, load, 0.0) * q).sum(axis=1)
-    low, high = np.full((2, len(q)), [[1 / LARGEST_SCALE], [LARGEST_SCALE]])
+@compiled
+def _fit_scale(quality: Floats, load: Floats, found: Floats) -> None:
+    """1 / T of rows [R, E]: the mean quality under softmax(scale * q) grows with the scale.
 
-    def moments(scale: Floats) -> tuple[Floats, Floats]:
-        probs = softmax(scale[:, None] * quality)
-        mean = (probs * q).sum(axis=1)
-        return mean - wanted, (probs * (q - mean[:, None]) ** 2).sum(axis=1)
+    Newton's method inside a bracket; NaN where even the smallest scale gives too large a mean.
+    """
+    share = np.empty(quality.shape[1])
+    for r in range(len(quality)):
+        q, m = quality[r], load[r]
+        found[r] = np.nan
+        if _undetermined(q, m):
+            continue
+        wanted = 0.0
+        for e in range(len(q)):
+            if m[e] > 0:
+                wanted += m[e] * q[e]
+        low, high = 1 / LARGEST_SCALE, LARGEST_SCALE
+        if _mean_quality(q, low, share)[0] >= wanted:
+            continue
+        if _mean_quality(q, high, share)[0] <= wanted:
+            found[r] = high
+            continue
+        scale = 1.0
+        for _ in range(MAX_ITERATIONS):
+            mean, spread = _mean_quality(q, scale, share)
+            if mean > wanted:
+                high = scale
+            else:
+                low = scale
+            following = scale - (mean - wanted) / spread if spread > 0 else np.inf
+            if not low < following < high:
+                following = np.sqrt(low * high)
+            moved = abs(following - scale)
+            scale = following
+            if moved <= 1e-12 * scale:
+                break
+        found[r] = scale
 
-    none, sharpest = moments(low)[0] >= 0, moments(high)[0] <= 0
-    scale = np.ones(len(q))
-    for _ in range(MAX_ITERATIONS):
-        miss, spread = moments(scale)
-        high, low = np.where(miss > 0, scale, high), np.where(miss > 0, low, scale)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            following = scale - miss / spread
-        inside = (low < following) & (following < high)
-        following = np.where(inside, following, np.sqrt(low * high))
-        done = np.abs(following - scale) <= 1e-13 * scale
-        scale = following
-        if (done | none | sharpest | ~np.isfinite(wanted)).all():
-            break
-    scale = np.where(sharpest, LARGEST_SCALE, scale)
-    return np.where(none | ~np.isfinite(wanted) | ~_varied(quality), np.nan, scale)
+
+@compiled
+def _mean_quality(quality: Floats, scale: float, share: Floats) -> tuple[float, float]:
+    """Mean and variance of the quality under softmax(scale * q)."""
+    top = -np.inf
+    for e in range(len(quality)):
+        top = max(top, quality[e])
+    total = 0.0
+    mean = 0.0
+    for e in range(len(quality)):
+        share[e] = np.exp(scale * (quality[e] - top))
+        if quality[e] > -np.inf:
+            total += share[e]
+            mean += share[e] * quality[e]
+    mean /= total
+    spread = 0.0
+    for e in range(len(quality)):
+        if quality[e] > -np.inf:
+            spread += share[e] * (quality[e] - mean) ** 2
+    return mean, spread / total
 
 
 def _varied(quality: Floats) -> NDArray[np.bool_]:
@@ -657,100 +772,3 @@ def _varied(quality: Floats) -> NDArray[np.bool_]:
     highest = np.max(quality, axis=1, where=known, initial=-np.inf)
     lowest = np.min(quality, axis=1, where=known, initial=np.inf)
     return np.asarray(highest - lowest > MIN_SPREAD)
-
-
-def _settle_types(scores: Floats, weight: Floats, gamma: float, load: Floats) -> tuple[Any, ...]:
-    """Newton's method on F(m) = m - sum of weight_c * softmax(scores_c - gamma * m).
-
-    Returns:
-        Choices [C, E], the load [E] and the sum of weight_c * (diag(p_c) - p_c p_c') [E, E].
-    """
-
-    def settled(load: Floats) -> tuple[Floats, Floats, float]:
-        choices = softmax(scores - gamma * load)
-        miss = load - weight @ choices
-        return choices, miss, float(np.abs(miss).sum())
-
-    choices, miss, size = settled(load)
-    for _ in range(MAX_ITERATIONS):
-        covariance = np.diag(weight @ choices) - (choices.T * weight) @ choices
-        if size <= 1e-14:
-            break
-        step = np.linalg.solve(np.eye(len(load)) + gamma * covariance, miss)
-        length = 1.0
-        while length > 1e-8:
-            tried = settled(load - length * step)
-            if tried[2] < size:
-                break
-            length /= 2
-        else:
-            break
-        load = load - length * step
-        choices, miss, size = tried
-    return choices, weight @ choices, covariance
-
-
-def _fit_effects(quality: Floats, counts: Floats) -> tuple[float, Floats]:
-    """The beta and cost [E] of log p_ce = beta * q_ce + a_c - cost_e, by Newton's method."""
-    num_experts = counts.shape[1]
-    sizes, total = counts.sum(axis=1), counts.sum()
-    ridge = 2e-9 * total
-    parameters, step, likelihood = np.zeros(num_experts + 1), np.zeros(num_experts + 1), -np.inf
-    parameters[0] = 1.0
-    for _ in range(MAX_ITERATIONS):
-        tried = parameters + step
-        choices = softmax(tried[0] * quality - tried[1:])
-        value = (counts * np.log(np.maximum(choices, 1e-300))).sum()
-        value -= ridge / 2 * (tried[1:] ** 2).sum()
-        if value < likelihood and np.abs(step).max() > 1e-9:
-            step = step / 2
-            continue
-        gained, parameters, likelihood = value - likelihood, tried, value
-        if gained <= 1e-13 * abs(value):
-            break
-        expected = choices * sizes[:, None]
-        gradient = np.concatenate(
-            [
-                [(quality * (counts - expected)).sum()],
-                (expected - counts).sum(axis=0) - ridge * parameters[1:],
-            ]
-        )
-        spread = quality - (choices * quality).sum(axis=1, keepdims=True)
-        information = np.empty((num_experts + 1, num_experts + 1))
-        information[1:, 1:] = np.diag(expected.sum(axis=0) + ridge) - choices.T @ expected
-        information[0, 1:] = information[1:, 0] = -(expected * spread).sum(axis=0)
-        information[0, 0] = (expected * spread**2).sum() + 1e-12 * total
-        step = np.linalg.solve(information, gradient)
-        step *= min(1.0, 5 / np.abs(step).max())
-    beta = float(parameters[0])
-    return (beta if abs(beta) < LARGEST_BETA else np.nan), parameters[1:] - parameters[1:].mean()
-
-
-def _fit_types_gamma(scores: Floats, counts: Floats, weight: Floats, start: float) -> float:
-    """The gamma of the largest likelihood: the root of its gradient over s = log(1 + gamma)."""
-    from scipy.optimize import brentq
-
-    load = counts.sum(axis=0) / counts.sum()
-    sizes = counts.sum(axis=1, keepdims=True)
-
-    def slope(s: float) -> float:
-        nonlocal load
-        gamma = np.expm1(s)
-        choices, load, covariance = _settle_types(scores, weight, gamma, load)
-        slowed = np.linalg.solve(np.eye(len(load)) + gamma * covariance, covariance @ load)
-        excess = (counts - sizes * choices).sum(axis=0)
-        return float(float(excess @ (load - gamma * slowed)) / counts.sum())
-
-    top = np.log1p(LARGEST_GAMMA)
-    left = min(np.log1p(start), top)
-    step = 0.05
-    right = min(left + step, top)
-    while slope(left) > 0:
-        if left == 0:
-            return 0.0
-        left, right, step = max(left - step, 0.0), left, 2 * step
-    while slope(right) < 0:
-        if right == top:
-            return LARGEST_GAMMA
-        left, right, step = right, min(right + step, top), 2 * step
-    return float(np.expm1(brentq(slope, left, right, xtol=1e-9)))

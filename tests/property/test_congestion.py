@@ -14,8 +14,8 @@ from moetools.congestion import (
     l1,
     shares,
     softmax,
-    types_equilibrium,
 )
+from moetools.congestion_types import types_equilibrium
 
 untimed = settings(deadline=None)
 QUALITIES = st.integers(2, 40).flatmap(

@@ -11,18 +11,20 @@ from moetools.congestion import (
     equilibrium,
     fit_gamma,
     fit_temperature,
-    fit_types,
+    fits,
     gamma_error,
+    held_out,
     l1,
     largest_over_mean,
     load_slope,
     log_cost_equilibrium,
     pearson,
     percentile_interval,
+    phases,
     shares,
     softmax,
-    types_equilibrium,
 )
+from moetools.congestion import qualities as qualities_of
 
 M = 64
 ACCEPTED = (9.0, 14.0, 38.0)
@@ -392,70 +394,73 @@ def test_small_helpers():
         fit_gamma([1.0, 2.0], [1.0, 2.0], lower=-1.0)
 
 
-def planted_types(rng, gamma, beta, *, num_types=16, num_selections=10**6, common=False):
-    quality = rng.normal(0, 0.5, (num_types, M))
-    if common:
-        quality += rng.normal(0, 0.5, M)
-    weight = np.full(num_types, 1 / num_types)
-    choices, _ = types_equilibrium(quality, weight, gamma, beta=beta)
-    counts = np.stack([rng.multinomial(num_selections // num_types, p) for p in choices])
-    return quality, counts
+def phases_of(gamma, half_width=0.5, b=None):
+    gamma = np.array(gamma, float)
+    b = np.array(b if b is not None else np.arange(len(gamma)), float)
+    found = phases(gamma, gamma - half_width, gamma + half_width, b - 0.3, b + 0.3)
+    return {phase.name: (phase.first, phase.last, phase.resolved) for phase in found}
 
 
-@pytest.mark.parametrize(
-    ("gamma", "beta", "slope", "constrained", "sd"),
-    [(38.0, 1.0, 36.9, 37.6, 1.0), (9.0, 1.0, 8.5, 8.9, 0.7), (27.0, 0.7, 25.3, 26.6, 1.4)],
-)
-def test_types_separate_beta_and_gamma(gamma, beta, slope, constrained, sd):
+def test_phases_of_a_planted_trajectory():
+    found = phases_of([5, 14, 25, 38, 37, 30, 20, 9], b=[1, 2, 2.4, 2.4, 2.35, 2.3, 1.5, 1])
+    assert found == {
+        "surge": (0, 3, True),
+        "stabilisation": (1, 5, True),
+        "relaxation": (3, 7, True),
+    }
+    assert phases_of([14, 38, 36, 37, 27, 9])["relaxation"] == (3, 5, True)
+    wide = phases_of([5, 14, 25, 38, 37, 30, 20, 9], half_width=20)
+    assert not wide["surge"][2]
+    assert not wide["relaxation"][2]
+    assert wide["stabilisation"] == (0, 0, False)
+
+
+def test_phases_that_are_not_there():
+    rising = phases_of([1, 2, 3])
+    assert rising["surge"] == (0, 2, True)
+    assert rising["relaxation"] == (2, 2, False)
+    falling = phases_of([3, 2, 1], b=[1, 1.1, 1.2])
+    assert falling["surge"] == (0, 0, False)
+    assert falling["relaxation"] == (0, 2, True)
+    assert falling["stabilisation"] == (0, 2, True)
+    assert phases_of([1, np.nan, 3]) == {}
+    nowhere = phases([1, 2], [np.nan] * 2, [np.nan] * 2, [np.nan] * 2, [np.nan] * 2)
+    assert not any(phase.resolved for phase in nowhere)
+
+
+def test_qualities_are_logs_of_means():
+    selections = np.array([4.0, 0.0, 2.0])
+    probs, logprob = np.array([5.0, 3.0, 2.0]), np.array([-10.0, -20.0, -30.0])
+    found = qualities_of(selections, probs, logprob, selections * 0.5, selections * [1, 1, 2])
+    np.testing.assert_allclose(found["q1"], np.log(probs) - np.log(probs).mean())
+    np.testing.assert_allclose(found["q2"], [1, 0, -1])
+    np.testing.assert_allclose(found["q3"], [0, -np.inf, 0])
+    np.testing.assert_allclose(found["q4"], [-np.log(2) / 2, -np.inf, np.log(2) / 2])
+    assert set(qualities_of(selections, probs)) == {"q1"}
+
+
+def test_held_out_losses_are_those_of_the_other_half():
     rng = np.random.default_rng(0)
-    fits = [fit_types(*planted_types(rng, gamma, beta)) for _ in range(10)]
-    betas, slopes, gammas = (
-        np.array([getattr(fit, name) for fit in fits]) for name in ("beta", "slope", "gamma")
-    )
-    assert np.abs(betas - beta).max() < 0.008
-    assert betas.mean() == pytest.approx(beta, abs=0.003)
-    assert slopes.mean() < gammas.mean()
-    standard_error = np.hypot(sd, sd) / np.sqrt(10)
-    assert slopes.mean() == pytest.approx(slope, abs=4 * standard_error)
-    assert gammas.mean() == pytest.approx(constrained, abs=4 * standard_error)
-    assert gammas.mean() == pytest.approx(gamma, abs=4 * sd / np.sqrt(10) + 0.02 * gamma)
+    quality = rng.normal(0, 0.5, (2, 1, M))
+    counts = np.stack([rng.multinomial(5000, equilibrium(q, 9.0)) for q in quality])
+    found = held_out(quality, counts)
+    distances = []
+    for own, other in ((0, 1), (1, 0)):
+        q = quality[own, 0]
+        distances.append(l1(shares(counts[other, 0]), equilibrium(q, fit_gamma(q, counts[own, 0]))))
+    assert found["mfg"] == pytest.approx(np.mean(distances))
+    scaled = softmax(quality[0, 0] / fit_temperature(quality[0, 0], counts[0, 0]))
+    other = softmax(quality[1, 0] / fit_temperature(quality[1, 0], counts[1, 0]))
+    expected = (l1(shares(counts[1, 0]), scaled) + l1(shares(counts[0, 0]), other)) / 2
+    assert found["softmax"] == pytest.approx(expected)
 
 
-def test_types_with_a_common_quality_are_sharper():
+def test_fits_start_from_the_data():
     rng = np.random.default_rng(0)
-    fits = [fit_types(*planted_types(rng, 38.0, 1.0, common=True)) for _ in range(6)]
-    gammas = np.array([fit.gamma for fit in fits])
-    slopes = np.array([fit.slope for fit in fits])
-    assert gammas.mean() == pytest.approx(38, abs=0.6)
-    assert slopes.mean() == pytest.approx(37.8, abs=0.6)
-
-
-def test_types_that_are_alike_are_one_type():
-    quality = qualities()
-    choices, load = types_equilibrium(np.tile(quality, (5, 1)), np.full(5, 0.2), 14.0)
-    np.testing.assert_allclose(load, equilibrium(quality, 14.0), atol=1e-12)
-    np.testing.assert_allclose(choices, np.tile(load, (5, 1)), atol=1e-12)
-    assert np.isnan(fit_types(np.tile(quality, (5, 1)), np.tile(load, (5, 1))).beta)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 9.0, 500.0])
-def test_types_settle(gamma):
-    rng = np.random.default_rng(1)
-    quality, weight = rng.normal(0, 1, (7, 20)), rng.dirichlet(np.ones(7))
-    choices, load = types_equilibrium(quality, weight, gamma)
-    np.testing.assert_allclose(choices, softmax(quality - gamma * load), atol=1e-12)
-    np.testing.assert_allclose(load, weight @ choices, atol=1e-12)
-    with pytest.raises(ValueError, match="at least 0"):
-        types_equilibrium(quality, weight, -0.5)
-
-
-def test_types_without_selections_or_contrast_tell_nothing():
-    fit = fit_types(np.zeros((3, 4)), np.ones((3, 4)))
-    assert np.isnan([fit.beta, fit.slope, fit.gamma]).all()
-    rng = np.random.default_rng(0)
-    quality, counts = planted_types(rng, 9.0, 1.0, num_types=4)
-    dead = counts.copy()
-    dead[:, 5] = 0
-    dead = np.vstack([dead, np.zeros(M, int)])
-    fit = fit_types(np.vstack([quality, np.zeros(M)]), dead)
-    assert fit.beta == pytest.approx(1, abs=0.02)
+    quality = np.tile(rng.normal(0, 0.5, M), (5, 1))
+    counts = rng.multinomial(20_000, equilibrium(quality[0], 14.0), size=5)
+    found = fits(quality, counts)
+    np.testing.assert_allclose(found["gamma_eff"], fit_gamma(quality, counts), atol=1e-6)
+    np.testing.assert_allclose(found["gamma_temperature"], M * (found["temperature"] - 1))
+    np.testing.assert_allclose(found["b_quality"], M * softmax(quality).max(axis=1))
+    assert (found["l1_mfg"] < found["l1_softmax"] + 0.02).all()
