@@ -25,7 +25,8 @@ output of another size. The unit of lengths and channels is that of the hidden s
 - `num_covering`: the fewest experts that receive a `share` of 0.5, 0.9, 0.99 of the selections.
 
 Intervals are over sequences; single experts have them with `--expert-intervals`, largest outputs
-none. Feed-forward routers only.
+none. Scores of few tokens are noisy, which lowers correlations; the interval allows for that and
+may lie above the number. Feed-forward routers only.
 
 What would fool you: every score depends on the texts; an expert that these texts do not need may be
 what others need. Low scores say that removing the expert changes the layer's output little, not
@@ -72,6 +73,7 @@ ELSEWHERE = ("selections", "gate_mass")
 """Scores whose rows are in `load`."""
 COUNTED = {"norms": "with_norm", "shares": "with_share"}
 SHARES = (0.5, 0.9, 0.99)
+BOUNDS = {"num_covering": (1, np.inf), "score_gini": (0, 1), "score_correlation": (-1, 1)}
 MAX_LISTED = 5
 CLEAR_GAP = 3.0
 LABELS = {
@@ -216,7 +218,7 @@ class ImportanceState:
             known = np.isfinite(draws[0])
             pooled = draws[:, known].mean(axis=1) if known.any() else draws[:, 0]
             draws = np.column_stack([draws, pooled])
-            low, high = basic_interval(draws[0], draws[1:])
+            low, high = basic_interval(draws[0], draws[1:], bounds=BOUNDS[dict(key)["metric"]])
             place = {**dict(key), "num_tokens": scope.num_tokens}
             yield {
                 **place, "scope": "layer", "layer": np.array(layers), "value": draws[0, :-1],
@@ -416,12 +418,13 @@ def super_findings(table: pd.DataFrame) -> Iterator[Finding]:
         if clear
         else f"the rule names one in every model, and below a factor of {CLEAR_GAP:g} says little"
     )
-    factor = f" The next one is smaller by a factor of {gap:.1f}:" if np.isfinite(gap) else " So"
+    next_one = f" The next one is smaller by a factor of {gap:.1f}: {verdict}."
+    percentile, tenth = (single(table, f"super_expert_{name}") for name in ("percentile", "tenth"))
     yield Finding(
         text=(
             f"{len(found)} super expert{'s' if len(found) > 1 else ''} by the published rule "
-            f"(largest output above {single(table, 'super_expert_percentile'):.3g} and "
-            f"{single(table, 'super_expert_tenth'):.3g}): {listed}.{factor} {verdict}."
+            f"(largest output above {percentile:.3g} and {tenth:.3g}): {listed}."
+            f"{next_one if np.isfinite(gap) else ''}"
         ),
         weight=1.0 if clear else 0.2,
         metric="super_expert",
