@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from moetools import console
+from moetools.diffing import Kind, same_kind
 from moetools.options import (
     DeviceOption,
     DtypeOption,
@@ -33,7 +34,6 @@ SHOWN = {
     "load_tv": "load moved",
 }
 COUNTED = ("overlap_at_k", "exact_set", "top1_agreement")
-Kind = Literal["trace", "checkpoint"]
 
 CELLS = {"router_only": "B's\nrouters", "input_only": "B's\ninputs", "total": "\nboth"}
 ON_DISK = {
@@ -158,42 +158,6 @@ def diff(
         show(json, checkpoint_document(checkpoints), checkpoint_lines(checkpoints))
     if exit_code and differs:
         raise typer.Exit(DIFFERENT)
-
-
-def same_kind(a: str, b: str) -> Kind:
-    """Whether both are traces, or both something else, which opening will tell.
-
-    Raises:
-        RequestError: One is a trace and the other is not.
-    """
-    from moetools.checkpoint import HUB_ID
-    from moetools.errors import RequestError
-
-    traces = [name for name in (a, b) if is_trace(Path(name).expanduser())]
-    if len(traces) == 1:
-        other = b if traces[0] == a else a
-        if (
-            not Path(other).expanduser().exists()
-            and other != "demo"
-            and not HUB_ID.fullmatch(other)
-        ):
-            raise RequestError(f"{other}: no such folder.")
-        raise RequestError(
-            f"{traces[0]} is a trace and {other} is not. Compare two of a kind: trace {other} "
-            "on the same texts first."
-        )
-    return "trace" if traces else "checkpoint"
-
-
-def is_trace(path: Path) -> bool:
-    """Whether a folder holds a trace, finished or not."""
-    from json import loads
-
-    try:
-        document = loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(document, dict) and document.get("format") == "moetools-trace"
 
 
 def check_options(

@@ -4,14 +4,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetools.diffing import diff
+    from moetools.layer_probe import probe
     from moetools.reporting.report import report
     from moetools.tracing import trace
 
     __version__: str
 
-__all__ = ["__version__", "report", "trace"]
+__all__ = ["__version__", "diff", "probe", "report", "trace"]
 
-_VERBS = {"report": "moetools.reporting.report", "trace": "moetools.tracing"}
+_VERBS = {
+    "diff": "moetools.diffing",
+    "probe": "moetools.layer_probe",
+    "report": "moetools.reporting.report",
+    "trace": "moetools.tracing",
+}
 """Where each verb of the library lives; imported on first use."""
 
 

@@ -313,6 +313,7 @@ def run(
     options = options or Options()
     results = Results()
     tables: dict[str, list[pd.DataFrame]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     analyses = {name: registry.load("analyses", name).ANALYSIS for name in choose(only, skip)}
     for i, trace in enumerate(traces):
         own = replace(options, reference=traces[0] if i else options.reference)
@@ -321,10 +322,10 @@ def run(
         for name, analysis in analyses.items():
             needed = analysis.columns(trace, own)
             if isinstance(needed, str):
-                reason = needed if len(traces) == 1 else f"{trace.name}: {needed}"
-                results.skipped[name] = " ".join(
-                    [*filter(None, [results.skipped.get(name)]), reason]
-                )
+                compared = replace(own, reference=trace)
+                if len(traces) > 1 and i == 0 and analysis.columns(trace, compared) != needed:
+                    continue  # it only compares others with this trace
+                reasons.setdefault(name, {}).setdefault(needed, []).append(trace.name)
                 continue
             limits = results.limits.get(name, ())
             results.limits[name] = tuple(dict.fromkeys([*limits, *analysis.limits(trace)]))
@@ -339,8 +340,13 @@ def run(
         for name, state in states.items():
             table = tidy([state.table()], trace=trace.name, step=trace.step)
             tables.setdefault(name, []).append(table)
+    for name, found in reasons.items():
+        results.skipped[name] = " ".join(
+            reason if len(names) == len(traces) else f"{', '.join(names)}: {reason}"
+            for reason, names in found.items()
+        )
     for name, parts in tables.items():
         table = pd.concat(parts, ignore_index=True)
-        found = analyses[name].across(table) if len(parts) > 1 else None
-        results.tables[name] = table if found is None else typed([table, found])
+        more = analyses[name].across(table) if len(parts) > 1 else None
+        results.tables[name] = table if more is None else typed([table, more])
     return results
