@@ -20,7 +20,6 @@ from moetools.options import (
     TrustRemoteCodeOption,
 )
 
-VERDICTS = {"equivalent": "equal", "different": "different", "undecided": "undecided"}
 SIGNIFICANT = 0.05
 SETS = {
     "layer": "One layer changed",
@@ -214,26 +213,25 @@ def render(run: "ProbeRun", out: Path | None) -> "list[RenderableType]":
         "error     relative change of the layer's routed output",
         "sub       substitutability: 1 as good as the router's choice, 0 no better than",
         "          skipping the layer, - where skipping does not significantly hurt",
-        "verdict   paired tests over documents: equal within the margin, different, or",
-        "          undecided; * not 0 after correction over the layers",
+        "verdict   paired tests over documents: equal within the margin, else worse or",
+        "          better, else undecided; * not 0 after correction over the layers",
         *(f"{name:<9} {meaning}" for name, meaning in found["operators"].items()),
     ]
     return [*shown, f"Written to {out}"] if out is not None else shown
 
 
 def _losses(results: "pd.DataFrame", several: bool) -> "Table":
-    return _table(
-        results,
-        several,
-        {
-            "dNLL": lambda row: _number(row["delta_nll"], 4, "+"),
-            "95 % interval": lambda row: _interval(row["low"], row["high"], 4),
-            "same": lambda row: _number(row["agreement"], 2),
-            "error": lambda row: _number(row["output_error"], 2),
-            "sub": lambda row: _number(row["substitutability"], 2),
-            "verdict": _verdict,
-        },
-    )
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "dNLL": lambda row: _number(row["delta_nll"], 4, "+"),
+        "95 % interval": lambda row: _interval(row["low"], row["high"], 4),
+        "same": lambda row: _number(row["agreement"], 2),
+        "error": lambda row: _number(row["output_error"], 2),
+        "sub": lambda row: _number(row["substitutability"], 2),
+        "verdict": _verdict,
+    }
+    if (results["probe"] != "layer").all():
+        del columns["error"]
+    return _table(results, several, columns)
 
 
 def _accuracies(results: "pd.DataFrame", several: bool) -> "Table":
@@ -245,7 +243,7 @@ def _accuracies(results: "pd.DataFrame", several: bool) -> "Table":
             "95 % interval": lambda row: _interval(row["accuracy_low"], row["accuracy_high"], 3),
             "lost": lambda row: _number(row["flips_to_wrong"], 1),
             "won": lambda row: _number(row["flips_to_right"], 1),
-            "verdict": lambda row: VERDICTS[row["accuracy_verdict"]],
+            "verdict": lambda row: _words(row["accuracy_verdict"], row["delta_accuracy"] < 0),
         },
     )
 
@@ -297,4 +295,10 @@ def _interval(low: float | None, high: float | None, digits: int) -> str:
 def _verdict(row: dict[str, Any]) -> str:
     corrected = row["p_holm"]
     significant = corrected is not None and corrected < SIGNIFICANT
-    return VERDICTS[row["verdict"]] + ("*" if significant else "")
+    return _words(row["verdict"], row["delta_nll"] > 0) + ("*" if significant else "")
+
+
+def _words(verdict: str, worse: bool) -> str:
+    if verdict == "different":
+        return "worse" if worse else "better"
+    return "equal" if verdict == "equivalent" else verdict

@@ -35,7 +35,7 @@ from moetools.checkpoint import Checkpoint
 from moetools.errors import ArchitectureError, DataError, OutputError
 from moetools.files import OutputFolder, atomic_file, check_output, output_folder, write_json
 from moetools.loading import empty_model, load_model
-from moetools.probe_passes import Evaluation, Passes, ProbeData, text_evaluation
+from moetools.probe_passes import Passes, ProbeData, task_evaluation, text_evaluation
 from moetools.probe_plan import Job, ProbeOptions, check_options, plan_jobs
 from moetools.probe_results import Native, probe_results
 from moetools.probing import (
@@ -151,7 +151,7 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
         rows = choice_rows(items, tokenizer, limit=positions)
     data = ProbeData(
         texts=text_evaluation(sequences),
-        tasks=Evaluation(number=1, rows=rows),
+        tasks=task_evaluation(items, rows),
         items=items,
         calibration=text_evaluation(calibration),
     )

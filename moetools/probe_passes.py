@@ -36,10 +36,10 @@ from moetools.routing import ScoringRule, common_rules, fitting_rules, rounding
 from moetools.scoring import (
     Item,
     ScoredRow,
+    ScoredTokens,
     item_scores,
     model_arguments,
     plan_batches,
-    token_logprobs,
 )
 from moetools.tracing import BATCH_TOKENS, router_tensor, switch_off_extras
 
@@ -51,13 +51,21 @@ class Evaluation:
         number: Tells the random draws of several evaluations apart.
         rows: Token ids and what is scored of them.
         documents: Document of each row; None where each is its own.
+        shared: [N] token whose draws each token takes, itself or an earlier one in the same
+            context; None where each has its own.
     """
 
     def __init__(
-        self, *, number: int, rows: Sequence[ScoredRow], documents: Sequence[Any] | None = None
+        self,
+        *,
+        number: int,
+        rows: Sequence[ScoredRow],
+        documents: Sequence[Any] | None = None,
+        shared: NDArray[np.int64] | None = None,
     ) -> None:
         self.number = number
         self.rows = rows
+        self.shared = None if shared is None else torch.from_numpy(shared)
         labels = list(range(len(rows)) if documents is None else documents)
         names = {label: place for place, label in enumerate(dict.fromkeys(labels))}
         self.document = np.array([names[label] for label in labels], dtype=np.int64)
@@ -113,6 +121,23 @@ def text_evaluation(sequences: Sequence[TokenSequence]) -> Evaluation:
         rows=[ScoredRow(token_ids=sequence.token_ids) for sequence in sequences],
         documents=[each.text for each in sequences],
     )
+
+
+def task_evaluation(items: Sequence[Item], rows: Sequence[ScoredRow]) -> Evaluation:
+    """Choices of items, which share what is drawn for the tokens of their question.
+
+    Otherwise choices would be compared that follow differently routed questions.
+    """
+    starts = np.cumsum([0, *(len(row.token_ids) for row in rows)])
+    shared = np.arange(starts[-1])
+    first = 0
+    for item in items:
+        last = first + len(item.choices)
+        question = min(row.start for row in rows[first:last])
+        for begin in starts[first:last]:
+            shared[begin : begin + question] = starts[first] + np.arange(question)
+        first = last
+    return Evaluation(number=1, rows=rows, shared=shared)
 
 
 class _Usage:
@@ -286,7 +311,7 @@ class Passes:
         ]
 
     def _changes(self, job: Job, variant: Variant, each: Evaluation) -> dict[str, Change]:
-        return {
+        changes = {
             spec.name: make_change(
                 variant.operator,
                 variant.weights or "carry",
@@ -298,6 +323,9 @@ class Passes:
             )
             for spec in job.specs
         }
+        if each.shared is None:
+            return changes
+        return {name: change.rows(each.shared) for name, change in changes.items()}
 
     def _native_pass(
         self, each: Evaluation, usage: Mapping[str, _Usage] | None, *, keep: bool
@@ -327,8 +355,9 @@ class Passes:
                     self._keep_routes(each, each.tokens(batch), routings)
                     if self._first_logits is None:
                         self._first_logits = logits.clone()
-                for number, of_row in zip(batch, logits, strict=True):
-                    loglik[number] = float(token_logprobs(of_row, each.rows[number]).double().sum())
+                scored = ScoredTokens([each.rows[number] for number in batch])
+                chosen = scored.chosen(scored.logprobs(logits))
+                loglik[list(batch)] = scored.row_sums(chosen)
                 for name in names if usage is not None else ():
                     assert usage is not None
                     usage[name].add(routings[name].top_k_index, intervention.outputs[name])
@@ -474,35 +503,22 @@ class _Reference:
         outputs: Mapping[str, Tensor],
     ) -> None:
         self._batch = list(batch)
-        self._rows = [each.rows[number] for number in batch]
-        self._lengths = [len(row.token_ids) for row in self._rows]
+        self._lengths = [len(each.rows[number].token_ids) for number in batch]
         self._outputs = dict(outputs)
-        self._logprobs = [
-            of_row[row.start - 1 : length - 1].float().log_softmax(dim=-1)
-            for of_row, row, length in zip(logits, self._rows, self._lengths, strict=True)
-        ]
-        self._targets = [
-            torch.from_numpy(row.token_ids[row.start :].astype(np.int64)).to(logits.device)
-            for row in self._rows
-        ]
+        self._scored = ScoredTokens([each.rows[number] for number in batch])
+        self._logprobs = self._scored.logprobs(logits)
 
     def compare(self, logits: Tensor, outputs: Mapping[str, Tensor], sums: _RowSums) -> None:
         """Add what a variant did to the rows of this batch."""
-        found = []
-        for of_row, row, length, native, targets in zip(
-            logits, self._rows, self._lengths, self._logprobs, self._targets, strict=True
-        ):
-            probed = of_row[row.start - 1 : length - 1].float().log_softmax(dim=-1)
-            at = targets[:, None]
-            found.append(
-                torch.stack([
-                    probed.gather(-1, at).double().sum(),
-                    (native.gather(-1, at) - probed.gather(-1, at)).double().sum(),
-                    (native.exp() * (native - probed)).sum(dim=-1).double().sum(),
-                    (native.argmax(dim=-1) == probed.argmax(dim=-1)).double().sum(),
-                ])
-            )  # fmt: skip
-        values = torch.stack(found).cpu().numpy()
+        native, probed = self._logprobs, self._scored.logprobs(logits)
+        loglik = self._scored.chosen(probed)
+        columns = (
+            loglik,
+            self._scored.chosen(native) - loglik,
+            (native.exp() * (native - probed)).sum(dim=-1),
+            native.argmax(dim=-1) == probed.argmax(dim=-1),
+        )
+        values = self._scored.row_sums(torch.stack([each.double() for each in columns], dim=-1))
         sums.loglik[self._batch], sums.delta_nll[self._batch] = values[:, 0], values[:, 1]
         sums.kl[self._batch], sums.agreement[self._batch] = values[:, 2], values[:, 3]
         for name, native_output in self._outputs.items():

@@ -25,7 +25,7 @@ from moetools.texts import read_rows
 from moetools.tracing import padded
 
 BATCH_TOKENS = 2048
-LOGITS_PER_BATCH = 1 << 28
+LOGITS_PER_BATCH = 1 << 27
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +181,8 @@ def score_rows(
             batch = [rows[number] for number in numbers]
             arguments, _ = model_arguments([row.token_ids for row in batch], device)
             logits = model(**arguments).logits
-            for number, row, of_row in zip(numbers, batch, logits, strict=True):
-                sums[number] = float(token_logprobs(of_row, row).sum(dtype=torch.float64))
+            scored = ScoredTokens(batch)
+            sums[list(numbers)] = scored.row_sums(scored.chosen(scored.logprobs(logits)))
     return sums
 
 
@@ -210,17 +210,38 @@ def model_arguments(
     return arguments, mask
 
 
-def token_logprobs(logits: Tensor, row: ScoredRow) -> Tensor:
-    """Log-probability [scored tokens] float32 of each scored token.
+class ScoredTokens:
+    """The scored tokens of a batch of rows, P of them, row after row.
 
     Args:
-        logits: [L, V] of this row; L may be larger than its length.
-        row: What was read, and what is scored.
+        rows: In the order of the batch.
     """
-    length = len(row.token_ids)
-    targets = torch.from_numpy(row.token_ids[row.start :].astype(np.int64)).to(logits.device)
-    logprobs = logits[row.start - 1 : length - 1].float().log_softmax(dim=-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0]
+
+    def __init__(self, rows: Sequence[ScoredRow]) -> None:
+        self.num_rows = len(rows)
+        self.row = np.repeat(np.arange(len(rows)), [row.num_scored for row in rows])
+        self.place = np.concatenate([np.arange(row.start, len(row.token_ids)) for row in rows])
+        self.token = np.concatenate([row.token_ids[row.start :] for row in rows])
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """[P, V] float32 log-probabilities of all tokens in the place of each scored one.
+
+        Args:
+            logits: [rows, L, V] of the batch.
+        """
+        places = (torch.from_numpy(each).to(logits.device) for each in (self.row, self.place - 1))
+        return logits[tuple(places)].float().log_softmax(dim=-1)
+
+    def chosen(self, logprobs: Tensor) -> Tensor:
+        """[P] log-probability of the token that is there."""
+        token = torch.from_numpy(self.token.astype(np.int64)).to(logprobs.device)
+        return logprobs.gather(-1, token[:, None])[:, 0]
+
+    def row_sums(self, values: Tensor) -> NDArray[np.float64]:
+        """[rows, ...] sums of values [P, ...]."""
+        sums = np.zeros((self.num_rows, *values.shape[1:]))
+        np.add.at(sums, self.row, values.double().cpu().numpy())
+        return sums
 
 
 def item_scores(
