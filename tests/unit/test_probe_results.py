@@ -1,0 +1,143 @@
+"""From sums over documents to verdicts: hand cases, and coverage of the intervals."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moetools.equivalence import holm
+from moetools.probe_results import Native, probe_results
+
+COUNTS = np.array([10, 20, 30, 40, 50, 60])
+NATIVE = Native(nll=COUNTS * 2.0, num_predicted=COUNTS)
+
+
+def table(delta, *, probe="layer", layers="0", operator="uniform", weights=None, counts=COUNTS):
+    """Rows of one variant; `delta` [S, D] is the mean difference of each document."""
+    delta = np.atleast_2d(delta)
+    return pd.concat([
+        pd.DataFrame({
+            "probe": probe, "layers": layers, "operator": operator, "weights": weights,
+            "seed": seed, "document": np.arange(len(counts)), "delta_nll": values * counts,
+            "kl": 0.5 * counts, "agreement": 0.75 * counts, "output_error": 3.0 * counts,
+            "output_cosine": -0.25 * counts, "num_outputs": counts, "num_predicted": counts,
+            "load_max_over_mean": 1.0 + seed,
+        })
+        for seed, values in enumerate(delta)
+    ])  # fmt: skip
+
+
+def results(*tables, items=None, native=NATIVE):
+    return probe_results(pd.concat(tables), items, native).set_index(["layers", "operator"])
+
+
+def test_means_are_over_tokens_then_seeds():
+    delta = np.array([[0.1, 0.2, 0.3, 0.1, 0.2, 0.3], [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+    found = results(table(delta)).iloc[0]
+    assert found["delta_nll"] == pytest.approx(np.average(delta.mean(axis=0), weights=COUNTS))
+    assert found["low"] < found["delta_nll"] < found["high"]
+    assert (found["kl"], found["agreement"]) == (0.5, 0.75)
+    assert (found["output_error"], found["output_cosine"]) == (3, -0.25)
+    assert found["load_max_over_mean"] == 1.5
+    assert (found["num_seeds"], found["num_tokens"]) == (2, 210)
+
+
+def test_margin_is_half_a_percent_of_the_native_loss():
+    assert NATIVE.margin == pytest.approx(0.01)
+    noise = np.array([1, -1, 1, -1, 1, -1]) * 0.001
+    found = results(
+        table(0.005 + noise, layers="0"), table(0.05 + noise, layers="1"),
+        table(0.01 + noise, layers="2"), table(20 * noise, layers="3"),
+    )  # fmt: skip
+    verdicts = found["verdict"].tolist()
+    assert verdicts == ["equivalent", "different", "different", "undecided"]
+    assert found["differs"].tolist() == [True, True, True, False]
+
+
+def test_p_values_are_corrected_over_layers_of_one_operator():
+    generator = np.random.default_rng(0)
+    layers = [table(generator.normal(0.02, 0.02, 6), layers=str(i)) for i in range(4)]
+    skips = [
+        table(generator.normal(0.02, 0.02, 6), layers=str(i), operator="skip") for i in range(4)
+    ]
+    found = results(*layers, *skips).reset_index()
+    for _, family in found.groupby("operator"):
+        assert family["p_holm"].to_numpy() == pytest.approx(holm(family["p_zero"]))
+    assert (found["p_holm"] >= found["p_zero"]).all()
+
+
+def test_substitutability():
+    noise = np.array([1, -1, 1, -1, 1, -1]) * 0.001
+    found = results(
+        table(0.1 + noise), table(0.4 - noise, operator="skip"),
+        table(0.8 + noise, operator="bottom-k"), table(0 * noise, operator="native"),
+        table(0.1 + noise, layers="1"), table(100 * noise, layers="1", operator="skip"),
+        table(0.1 + noise, layers="2"), table(noise - 0.4, layers="2", operator="skip"),
+        table(0.1 + noise, layers="3"),
+    )  # fmt: skip
+    uniform = found.loc[("0", "uniform")]
+    assert uniform["substitutability"] == pytest.approx(0.75, abs=0.01)
+    assert uniform["substitutability_low"] < 0.75 < uniform["substitutability_high"]
+    assert uniform["substitutability_high"] - uniform["substitutability_low"] < 0.03
+    assert found.loc[("0", "bottom-k"), "substitutability"] == pytest.approx(-1, abs=0.02)
+    assert found.loc[("0", "native"), "substitutability"] == 1
+    reasons = found["substitutability_reason"]
+    for layer in ("1", "2"):
+        assert pd.isna(found.loc[(layer, "uniform"), "substitutability"])
+        assert reasons[(layer, "uniform")] == "skipping the layer does not significantly hurt"
+    assert reasons[("3", "uniform")] == "skip was not probed"
+    assert pd.isna(reasons[("0", "uniform")])
+
+
+def test_intervals_cover_documents_and_seeds():
+    """A true effect of 1 with noise of documents and of seeds is covered in about 95 %."""
+    generator = np.random.default_rng(0)
+    counts = generator.integers(20, 200, 40)
+    native = Native(nll=counts * 2.0, num_predicted=counts)
+    tables = []
+    for run in range(200):
+        delta = 1 + generator.normal(0, 0.5, 40) + generator.normal(0, 0.05, (8, 1))
+        tables.append(table(delta, layers=str(run), counts=counts))
+    found = results(*tables, native=native)
+    covered = ((found["low"] <= 1) & (found["high"] >= 1)).mean()
+    assert 0.90 <= covered <= 0.985
+
+
+def test_items():
+    native = Native(nll=NATIVE.nll, num_predicted=COUNTS, correct=np.arange(500) % 5 > 0)
+    assert native.accuracy == 0.8
+    key = {"probe": "layer", "layers": "0", "operator": "uniform", "weights": None}
+
+    def items(correct):
+        return pd.concat([
+            pd.DataFrame({**key, "seed": seed, "item": np.arange(500), "correct": values})
+            for seed, values in enumerate(np.atleast_2d(correct))
+        ])  # fmt: skip
+
+    same = results(table(COUNTS * 0.0), items=items(native.correct), native=native).iloc[0]
+    assert same["delta_accuracy"] == 0
+    assert same["accuracy_verdict"] == "equivalent"
+    assert same["accuracy_low"] < 0 < same["accuracy_high"]
+    flipped = np.tile(native.correct, (2, 1))
+    flipped[:, :4] = ~flipped[:, :4]
+    flipped[0, 100:200] = False
+    found = results(table(COUNTS * 0.0), items=items(flipped), native=native).iloc[0]
+    assert found["flips_to_right"] == 1
+    assert found["flips_to_wrong"] == 3 + 80 / 2
+    assert found["delta_accuracy"] == pytest.approx(-(3 + 40 - 1) / 500)
+    assert found["accuracy_verdict"] == "different"
+
+
+def test_one_document_has_no_interval():
+    native = Native(nll=np.array([20.0]), num_predicted=np.array([10]))
+    found = results(table([0.1], counts=np.array([10])), native=native).iloc[0]
+    assert found["delta_nll"] == pytest.approx(0.1)
+    assert pd.isna(found["low"])
+    assert found["verdict"] == "undecided"
+
+
+def test_tokens_without_output_have_no_error():
+    without = table(COUNTS * 0.0)
+    without[["num_outputs", "output_error", "output_cosine"]] = 0
+    found = results(without).iloc[0]
+    assert pd.isna(found["output_error"])
+    assert pd.isna(found["output_cosine"])
