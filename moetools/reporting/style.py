@@ -14,7 +14,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Formatter, LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 WIDTH = 9.0
@@ -171,7 +171,31 @@ def data_uri(figure: Figure) -> str:
     return f"data:image/{mime};base64,{base64.b64encode(picture).decode()}"
 
 
+class _PlainLogFormatter(Formatter):
+    """Ticks of a logarithmic axis as numbers, where matplotlib would write markup."""
+
+    def __init__(self, shown: LogFormatter) -> None:
+        self._shown = shown
+
+    def set_locs(self, locs: Any) -> None:
+        super().set_locs(locs)
+        self._shown.set_locs(locs)
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if self._shown(x, pos) else ""
+
+
+def _plain_log_ticks(figure: Figure) -> None:
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(shown := axis.get_major_formatter(), LogFormatter):
+                axis.set_major_formatter(_PlainLogFormatter(shown))
+            if isinstance(shown := axis.get_minor_formatter(), LogFormatter):
+                axis.set_minor_formatter(_PlainLogFormatter(shown))
+
+
 def _saved(figure: Figure, **options: Any) -> bytes:
+    _plain_log_ticks(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -404,3 +404,13 @@ def test_report_is_a_verb_of_the_package():
     assert "report" in moetools.__all__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         moetools.nonsense  # noqa: B018
+
+
+def test_ticks_of_logarithmic_axes_are_numbers():
+    with style.applied():
+        figure, axes = style.subplots()
+        axes[0, 0].loglog([1, 2000], [0.03, 9])
+        style.data_uri(figure)
+    labels = [label.get_text() for label in axes[0, 0].get_xticklabels()]
+    assert "1000" in labels
+    assert not any("$" in label for label in labels)
