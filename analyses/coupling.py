@@ -42,7 +42,9 @@ What would fool you: a number without its null. The two `centroid_` metrics comp
 its own selections and beat their null for every router that is a linear map; they say how well
 centroids would replace it, nothing about the experts, so no headline rests on them. Agreement
 within a token also follows from experts that answer strongly to everything (its null has them too).
-With fewer than 8 experts the permutations are too few for a small p.
+The length of the gate's values is the same for x and -x, so `activation` `gate` is blind to a row
+that equals a neuron; `hidden` is not. With fewer than 8 experts the permutations are too few for a
+small p.
 """
 
 from collections import defaultdict
