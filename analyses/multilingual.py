@@ -114,9 +114,12 @@ MAX_NUMBERS = 32_000_000
 MAX_PAIR_WORK = 4e8
 """Probabilities that the divergences of all pairs of languages may touch."""
 MAX_PAIR_ROWS = 50_000
+MAX_OVERLAPS = 2000
+"""Pairs of languages whose experts are compared."""
 MAX_SIMILARITIES = 1.2e10
 """Words of 64 experts that the consistency may compare: about 10 s."""
 SAMPLE = 1 << 20
+MAX_LABELS = 40
 ENDS = ("first", "last")
 CORRELATIONS = ("pearson", "spearman")
 
@@ -192,6 +195,12 @@ def limits(trace: TraceStore) -> Sequence[str]:
         )
     if sample.is_full:
         found.append(f"Divergence on {capacity:,} ids, chosen by a hash.")
+    num_pairs = len(trace.groups) * (len(trace.groups) - 1) // 2
+    if num_pairs > MAX_OVERLAPS:
+        found.append(
+            f"No overlap of the experts of every two languages: {num_pairs:,} pairs are more than "
+            f"{MAX_OVERLAPS:,}."
+        )
     fraction = consistency_fraction(trace)
     if fraction < 1:
         found.append(f"Consistency on {fraction:.1%} of the sequences, chosen by a hash.")
@@ -316,7 +325,7 @@ class MultilingualState:
             if languages and self.known:
                 parts += self._divergence_rows(order, tokens, languages)
             if len(scopes) > 1 and self.reference in scopes:
-                parts.append(self._expert_rows(scopes, languages))
+                parts += self._expert_rows(scopes, languages)
         if shared.any() and self.known:
             parts += self._pair_rows(order, tokens, shared)
         return pd.concat(parts, ignore_index=True)
@@ -535,7 +544,9 @@ class MultilingualState:
 
     # Specialised experts
 
-    def _expert_rows(self, scopes: dict[int, Scope], languages: Sequence[int]) -> pd.DataFrame:
+    def _expert_rows(
+        self, scopes: dict[int, Scope], languages: Sequence[int]
+    ) -> Iterator[pd.DataFrame]:
         assert self.reference is not None
         reference = scopes[self.reference]
         others = {g: scope for g, scope in scopes.items() if g != self.reference}
@@ -563,12 +574,14 @@ class MultilingualState:
         for tau in TAUS:
             sets = {g: [delta > tau for delta in of_group] for g, of_group in deltas.items()}
             parts += (part | {"tau": tau} for part in self._set_parts(sets, scopes, tasks))
+            num_tokens = sum(scope.num_tokens for scope in scopes.values())
+            yield from self._overlap_rows(tau, sets, tasks, num_tokens)
             if np.isfinite(halves[0]).all():
                 floor = [((h > tau).sum() + (h < -tau).sum()) / 2 for h in halves]
                 half = scope_of(None, reference.num_tokens)
                 for part in self._count_parts("num_language_experts_floor", half, floor):
                     parts.append(part | {"tau": tau})
-        return stacked(parts)
+        yield stacked(parts)
 
     def _frequency_draws(self, scope: Scope) -> list[Floats]:
         """[1 + B, E] mean frequencies of each router."""
@@ -596,7 +609,7 @@ class MultilingualState:
         scopes: dict[int, Scope],
         tasks: Sequence[int],
     ) -> Iterator[dict[str, Any]]:
-        """Numbers of specialised experts and their overlaps, for `stacked`.
+        """Numbers of specialised experts, for `stacked`.
 
         Args:
             sets: [E] whether each expert is special, for each group and router.
@@ -608,28 +621,50 @@ class MultilingualState:
         for g, found in sets.items():
             name = "num_task_experts" if g in tasks else "num_language_experts"
             yield from self._count_parts(name, scopes[g], [one.sum() for one in found])
-        if not languages:
-            return
-        multilingual = [
-            np.logical_or.reduce([sets[g][i] for g in languages]) for i in range(len(self.routers))
+        if languages:
+            whole = scope_of(None, sum(scopes[g].num_tokens for g in (self.reference, *languages)))
+            counts = [one.sum() for one in self._any_of(sets, languages)]
+            yield from self._count_parts("num_multilingual_experts", whole, counts)
+
+    def _overlap_rows(
+        self,
+        tau: float,
+        sets: dict[int, list[NDArray[np.bool_]]],
+        tasks: Sequence[int],
+        num_tokens: int,
+    ) -> Iterator[pd.DataFrame]:
+        """Experts of tasks that are multilingual ones too; else those that languages share."""
+        languages = [g for g in sets if g not in tasks]
+        names = np.array(self.groups, dtype=object)
+        if tasks and languages:
+            every = self._any_of(sets, languages)
+            found = [overlap(sets[g], every) for g in tasks]
+            place: dict[str, Any] = {"scope": "group", "group": names[list(tasks)]}
+        else:
+            pairs = list(combinations(languages, 2))
+            if not 0 < len(pairs) <= MAX_OVERLAPS:
+                return
+            found = [overlap(sets[one], sets[other]) for one, other in pairs]
+            one, other = np.array(pairs).T
+            place = {"scope": "pair", "group": names[one], "group_b": names[other]}
+        for suffix, value in (
+            ("", [of.shared for of in found]),
+            ("_expected", [of.expected for of in found]),
+            ("_p_fewer", [of.p_fewer for of in found]),
+            ("_p_more", [of.p_more for of in found]),
+        ):
+            yield rows(
+                f"expert_overlap{suffix}", value=np.array(value, float), tau=tau,
+                num_tokens=num_tokens, **place,
+            )  # fmt: skip
+
+    def _any_of(
+        self, sets: dict[int, list[NDArray[np.bool_]]], groups: Sequence[int]
+    ) -> list[NDArray[np.bool_]]:
+        """[E] the experts that are special to any of these groups, for each router."""
+        return [
+            np.logical_or.reduce([sets[g][i] for g in groups]) for i in range(len(self.routers))
         ]
-        whole = scope_of(None, sum(scopes[g].num_tokens for g in (self.reference, *languages)))
-        counts = [one.sum() for one in multilingual]
-        yield from self._count_parts("num_multilingual_experts", whole, counts)
-        for one, other in [(g, None) for g in tasks] or combinations(languages, 2):
-            found_overlap = overlap(sets[one], multilingual if other is None else sets[other])
-            for suffix, value in (
-                ("", found_overlap.shared),
-                ("_expected", found_overlap.expected),
-                ("_p_fewer", found_overlap.p_fewer),
-                ("_p_more", found_overlap.p_more),
-            ):
-                yield {
-                    "metric": f"expert_overlap{suffix}", "value": value,
-                    "scope": "group" if other is None else "pair", "group": self.groups[one],
-                    "group_b": None if other is None else self.groups[other],
-                    "num_tokens": whole.num_tokens,
-                }  # fmt: skip
 
     def _count_parts(
         self, metric: str, scope: Scope, counts: Sequence[float]
@@ -707,6 +742,14 @@ def line_colors(num: int) -> list[Any]:
     return list(matplotlib.colormaps["viridis_r"](np.linspace(0.08, 1, num)))
 
 
+def line_labels(groups: Sequence[str]) -> list[str]:
+    """What the lines of groups are called: all, or the first and the last of very many."""
+    from moetools.reporting import style
+
+    middle = range(MAX_LABELS // 2, len(groups) - MAX_LABELS // 2)
+    return ["" if i in middle else style.shorten(group, 14) for i, group in enumerate(groups)]
+
+
 def divergence_picture(table: pd.DataFrame, suffix: str) -> Picture:
     """One line for each language, floors shaded; beside it halves compared with halves."""
     from moetools.reporting import charts, style
@@ -725,12 +768,17 @@ def divergence_picture(table: pd.DataFrame, suffix: str) -> Picture:
         axis.fill_between(x, base, top, color="#e2e2e2", lw=0, label="of different texts")
     order = select(table, metric="divergence", scope="group", layer=None)
     order = order.sort_values("value", ascending=False)
-    for group, color in zip(order["group"], line_colors(len(order))[::-1], strict=True):
-        for axis, metric in ((left, "divergence"), (right, "divergence_excess")):
-            line = select(table, metric=metric, scope="group", group=group)
+    groups, colors = list(order["group"]), line_colors(len(order))[::-1]
+    lines = [
+        (axis, select(table, metric=metric, scope="group").dropna(subset=["layer"]))
+        for axis, metric in ((left, "divergence"), (right, "divergence_excess"))
+    ]
+    for group, label, color in zip(groups, line_labels(groups), colors, strict=True):
+        for axis, found in lines:
+            line = found[found["group"] == group]
             charts.lines_by_layer(
-                axis, line.dropna(subset=["layer"]).assign(trace=""),
-                label=style.shorten(group, 14), color=color, ms=2.5, lw=1.2,
+                axis, line.assign(trace=""),
+                label=label, color=color, ms=2.5, lw=1.2,
             )  # fmt: skip
     left.set(ylabel="divergence from the reference")
     left.set_ylim(bottom=0)
@@ -817,7 +865,9 @@ def score_picture(table: pd.DataFrame, suffix: str) -> Picture:
     left.legend()
     left.axhline(0, color="#888888", lw=0.8)
     left.set(ylabel="correlation over languages", ylim=(-1, 1))
-    score = select(table, metric="score", scope="group").set_index("group")["value"].abs()
+    measured = len(select(table, metric="score", score_source="measured")) > 0
+    score = select(table, metric="score", scope="group").set_index("group")["value"]
+    score = -score if measured else score
     means = select(table, metric="divergence", scope="group", layer=None)
     value = means.set_index("group")["value"]
     for group in value.index.intersection(score.index):
@@ -826,7 +876,6 @@ def score_picture(table: pd.DataFrame, suffix: str) -> Picture:
             style.shorten(group, 10), (score[group], value[group]), fontsize=7,
             xytext=(3, 3), textcoords="offset points",
         )  # fmt: skip
-    measured = select(table, metric="score", score_source="measured").size > 0
     right.set(
         xlabel="nats of a text (log)" if measured else "score", ylabel="divergence, all layers"
     )
@@ -852,13 +901,12 @@ def expert_picture(table: pd.DataFrame, suffix: str) -> Picture:
     figure, axes = style.subplots(1, 1 if counts.empty else 2, height=3.0)
     right = axes[0, -1]
     consistency = select(table, metric="consistency", scope="group")
-    groups = consistency[consistency["layer"].isna()].sort_values("value", ascending=False)
-    colors = line_colors(len(groups))[::-1]
-    for group, color in zip(groups["group"], colors, strict=True):
+    order = consistency[consistency["layer"].isna()].sort_values("value", ascending=False)
+    groups, colors = list(order["group"]), line_colors(len(order))[::-1]
+    for group, label, color in zip(groups, line_labels(groups), colors, strict=True):
         of_group = consistency[(consistency["group"] == group) & consistency["layer"].notna()]
         charts.lines_by_layer(
-            right, of_group.assign(trace=""), label=style.shorten(group, 14), color=color,
-            ms=2.5, lw=1.2,
+            right, of_group.assign(trace=""), label=label, color=color, ms=2.5, lw=1.2
         )  # fmt: skip
     chance = select(table, metric="consistency_chance_uniform", scope="layer")
     charts.lines_by_layer(
@@ -939,6 +987,10 @@ def bend_findings(table: pd.DataFrame) -> Iterator[Finding]:
         text = f"No U of divergence, one end alone rises: the {numbers}."
     else:
         text = f"No U of divergence: the {numbers}."
+    of_group = select(table, metric="divergence_u", scope="group")
+    both = (of_group["low"] > 0).groupby(of_group["group"]).all()
+    if len(both) > 1:
+        text += f" Each on its own, {int(both.sum())} of {len(both)} languages rise at both ends."
     weight = (0.7 if all(beyond_floor) else 0.4) if all(above) else 0.3
     yield Finding(text=text, weight=weight, metric="divergence_u")
 

@@ -446,3 +446,19 @@ def test_no_u_is_said_as_plainly(tmp_path):
     assert any(text.startswith("No U of divergence") for text in texts)
     rising = run(parallel(tmp_path / "u", [shared, shared, shared, own]))
     assert any("one end alone rises" in f.text for f in multilingual.findings(rising))
+
+
+def test_experts_of_very_many_pairs_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(multilingual, "MAX_OVERLAPS", 5)
+    trace = parallel(tmp_path / "t", [own])
+    assert "expert_overlap" not in set(run(trace)["metric"])
+    assert "10 pairs are more than 5" in limits(trace)
+
+
+def test_lines_of_very_many_languages_are_named_at_both_ends():
+    names = [f"language-{i:03}" for i in range(100)]
+    labels = multilingual.line_labels(names)
+    assert labels[:20] == names[:20]
+    assert labels[-20:] == names[-20:]
+    assert set(labels[20:80]) == {""}
+    assert multilingual.line_labels(names[:3]) == names[:3]
