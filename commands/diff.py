@@ -9,10 +9,15 @@ import typer
 from moetools import console
 from moetools.diffing import Kind, same_kind
 from moetools.options import (
+    BatchTokensOption,
     DeviceOption,
     DtypeOption,
+    GroupColumnOption,
+    IdColumnOption,
     JsonOption,
     SeedOption,
+    SequenceLengthOption,
+    TextColumnOption,
     TrustRemoteCodeOption,
 )
 
@@ -80,31 +85,14 @@ def diff(
             "is like its own, for experts that were permuted.",
         ),
     ] = False,
-    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    group_column: Annotated[
-        str | None,
-        typer.Option(help="Column of what to compare: language, domain.", show_default=False),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of ids that translations of each other share.", show_default=False
-        ),
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Longer texts are cut. Default 512.", show_default=False),
-    ] = None,
+    text_column: TextColumnOption = "text",
+    group_column: GroupColumnOption = None,
+    id_column: IdColumnOption = None,
+    sequence_length: SequenceLengthOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Stop there; groups take turns.", show_default=False)
     ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a batch with padding. Default 2,048 on a CPU, 16,384 on a GPU.",
-            show_default=False,
-        ),
-    ] = None,
+    batch_tokens: BatchTokensOption = None,
     exit_code: Annotated[
         bool,
         typer.Option(

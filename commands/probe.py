@@ -9,14 +9,18 @@ import typer
 
 from moetools import console
 from moetools.options import (
+    BatchTokensOption,
     DataOption,
     DeviceOption,
     DtypeOption,
+    GroupColumnOption,
     JsonOption,
     ModelArgument,
     OverwriteOption,
     ResumeOption,
     SeedOption,
+    SequenceLengthOption,
+    TextColumnOption,
     TrustRemoteCodeOption,
 )
 
@@ -107,30 +111,11 @@ def probe(
             show_default=False,
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    group_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of language or domain; groups take turns up to --max-tokens.",
-            show_default=False,
-        ),
-    ] = None,
+    text_column: TextColumnOption = "text",
+    group_column: GroupColumnOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 20_000,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longer texts are cut into consecutive sequences. Default 512, or what the model "
-            "takes.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a batch with padding. Default 2,048 on a CPU, 16,384 on a GPU.",
-            show_default=False,
-        ),
-    ] = None,
+    sequence_length: SequenceLengthOption = None,
+    batch_tokens: BatchTokensOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -7,15 +7,20 @@ import typer
 
 from moetools import console
 from moetools.options import (
+    BatchTokensOption,
     DataOption,
     DeviceOption,
     DtypeOption,
+    GroupColumnOption,
+    IdColumnOption,
     JsonOption,
     ModelArgument,
     OutOption,
     OverwriteOption,
     ResumeOption,
     SeedOption,
+    SequenceLengthOption,
+    TextColumnOption,
     TrustRemoteCodeOption,
 )
 
@@ -27,19 +32,9 @@ def trace(
     model: ModelArgument,
     data: DataOption,
     out: OutOption,
-    text_column: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    group_column: Annotated[
-        str | None,
-        typer.Option(help="Column of what to compare: language, domain.", show_default=False),
-    ] = None,
-    id_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of ids: texts of different groups with the same id are translations of "
-            "each other. Others are dropped and counted.",
-            show_default=False,
-        ),
-    ] = None,
+    text_column: TextColumnOption = "text",
+    group_column: GroupColumnOption = None,
+    id_column: IdColumnOption = None,
     reference_group: Annotated[
         str | None,
         typer.Option(
@@ -51,14 +46,7 @@ def trace(
         bool, typer.Option("--chat-template", help="Wrap each text as the turn of a user.")
     ] = False,
     pack: Annotated[bool, typer.Option("--pack", help="Join short texts of a group.")] = False,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Longer texts are cut into consecutive sequences. Default 512, or what the model "
-            "takes.",
-            show_default=False,
-        ),
-    ] = None,
+    sequence_length: SequenceLengthOption = None,
     max_sequences: Annotated[
         int | None, typer.Option(help="Stop there; groups take turns.", show_default=False)
     ] = None,
@@ -69,13 +57,7 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of a batch with padding. Default 2,048 on a CPU, 16,384 on a GPU.",
-            show_default=False,
-        ),
-    ] = None,
+    batch_tokens: BatchTokensOption = None,
     part_tokens: Annotated[
         int | None,
         typer.Option(

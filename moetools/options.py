@@ -22,6 +22,41 @@ DataOption = Annotated[
         show_default=False,
     ),
 ]
+TextColumnOption = Annotated[str, typer.Option("--text-column", help="Column of the text.")]
+GroupColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--group-column",
+        help="Column of what to compare: language, domain. Groups take turns up to --max-tokens.",
+        show_default=False,
+    ),
+]
+IdColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--id-column",
+        help="Column of ids: texts of different groups with the same id are translations of each "
+        "other. Others are dropped and counted.",
+        show_default=False,
+    ),
+]
+SequenceLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length",
+        help="Longer texts are cut into consecutive sequences. Default 512, or what the model "
+        "takes.",
+        show_default=False,
+    ),
+]
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        help="Tokens of a batch with padding. Default 2,048 on a CPU, 16,384 on a GPU.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output folder that moetools wrote.")
