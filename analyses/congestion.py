@@ -28,7 +28,8 @@ By layer, with q1:
 
 - `gamma_null`: null (ii), the fit to loads that the router's rule selects from logits resampled for
   each expert separately within each batch (`--keep logits`): what the spread of single experts and
-  hard top-k selection give without any relation between experts.
+  hard top-k selection give without any relation between experts. `temperature_null`: its
+  temperature, which tells loads apart where both gammas are 0.
 - `gamma_explicit`: gamma of the auxiliary loss with the config's coefficient alpha, reading units
   of loss as units of logits: alpha E k where its f sums to k (`convention` `sum_k`, as in
   transformers), alpha E where it sums to 1 (`sum_1`). `gamma_implicit` = gamma_eff minus that. A
@@ -61,8 +62,9 @@ largest change that their 95 % intervals allow. `surge_resolved`, `relaxation_re
 where the intervals of the ends do not overlap, `stabilisation_resolved` from three checkpoints on;
 0 means not resolved, whatever the curve looks like.
 
-Intervals resample 50 batches of whole texts, recompute q and the load, and refit: percentiles for
-gamma and T, which have a boundary.
+Intervals of gamma and T resample 50 batches of whole texts, recompute q and the load, and refit
+(percentiles of 1000 replicates, for gamma has a boundary); those of distances and imbalances leave
+out one batch at a time.
 
 What would fool you: a frozen router has no congestion, because nothing at inference reacts to the
 load. Gamma_eff above 0 only says that the load is flatter than the router's preferences. Tokens
@@ -94,9 +96,9 @@ from moetools.analysis import (
 )
 from moetools.congestion import (
     LARGEST_GAMMA,
-    centred,
     disequilibrium,
     disequilibrium_floor,
+    distances,
     equilibrium,
     fit_near,
     fits,
@@ -129,7 +131,6 @@ QUALITIES = {
     "q3": "log mean weight",
     "q4": "log mean contribution",
 }
-FITTED = ("gamma_eff", "temperature", "gamma_temperature")
 SAMPLED_TOKENS = 8192
 NULL_ROUNDS = 4
 TYPES = (2, 4, 8, 16, 32)
@@ -138,6 +139,7 @@ COEFFICIENTS = (
     "router_aux_loss_coef", "aux_loss_coef", "aux_loss_alpha", "moe_aux_loss_coeff",
     "moe_loss_weight",
 )  # fmt: skip
+LINES = ("-", "-.", "--", ":")
 PHASES = ("surge", "stabilisation", "relaxation")
 
 
@@ -342,49 +344,79 @@ def tabulate(
         coefficient: Of the auxiliary loss.
         seed: Of the resampling.
     """
+    occupied = num_tokens > 0
     scope = Scope(
         group=None,
         num_tokens=int(num_tokens.sum()),
         cells=slice(0, len(num_tokens)),
-        weights=replicate_weights(num_tokens > 0, seed=seed),
+        weights=replicate_weights(occupied, seed=seed),
     )
-    depth = [layer.layer for layer in layers]
+    left_out = replace(scope, weights=1 - np.eye(len(occupied))[occupied])
     parts: list[pd.DataFrame] = []
     with np.errstate(invalid="ignore"):
-        drawn = [{name: scope.draws(sums) for name, sums in layer.sums.items()} for layer in layers]
-        found = [layer_fits(draws) for draws in drawn]
-        gammas: dict[str, Floats] = {}
-        for quality in QUALITIES:
-            some = [i for i in range(len(layers)) if quality in found[i]]
-            for metric in found[some[0]][quality] if some else ():
-                draws = np.stack([found[i][quality][metric] for i in some], axis=1)
-                pick = fit_rows if metric in (*FITTED, "gamma_soft") else distance_rows
-                of = [depth[i] for i in some]
-                parts.append(pick(metric, scope, of, draws, quality=quality))
-                if metric == "gamma_eff" and len(some) == len(layers):
-                    gammas[quality] = draws
-        b_load = [largest_over_mean(shares(draws["selections"])) for draws in drawn]
-        parts.append(distance_rows("b_load", scope, depth, np.stack(b_load, axis=1)))
-        parts += held_out_rows(layers, scope, num_tokens > 0)
+        gammas, fitted = fitted_rows(layers, scope)
+        parts += fitted
+        parts += distance_rows(layers, left_out)
+        parts += held_out_rows(layers, left_out, occupied)
     parts += explicit_rows(layers, scope, gammas["q1"], coefficient)
     parts += agreement_rows(gammas, scope)
     parts += scope_rows(layers, scope, gammas["q1"][0], seed)
     parts += expert_rows(layers, scope, gammas["q1"][0])
     parts += null_rows(layers, scope, seed)
-    parts += types_rows(layers, scope, num_tokens > 0, seed)
+    parts += types_rows(layers, occupied, seed)
     return pd.concat(parts, ignore_index=True)
 
 
-def layer_fits(draws: Mapping[str, Floats]) -> dict[str, dict[str, Floats]]:
-    """By quality, the metrics [1 + B] of one layer, from drawn sums [1 + B, E]."""
-    found = {}
-    for name, quality in qualities(**draws).items():
-        metrics = fits(quality, draws["selections"])
-        metrics["gamma_soft"] = fit_near(quality, draws["probs"])
-        metrics["dropped_experts"] = (~np.isfinite(quality[:1])).sum(axis=1).astype(float)
-        metrics["dropped_experts"] = np.broadcast_to(metrics["dropped_experts"], len(quality))
-        found[name] = metrics
-    return found
+def drawn(layer: LayerSums, scope: Scope) -> dict[str, Floats]:
+    """The sums of a layer, and their replicates, by name [1 + B, E]."""
+    return {name: scope.draws(sums) for name, sums in layer.sums.items()}
+
+
+def fitted_rows(
+    layers: Sequence[LayerSums], scope: Scope
+) -> tuple[dict[str, Floats], list[pd.DataFrame]]:
+    """Gamma and temperature under every quality, resampled; gamma_eff as [1 + B, L] too."""
+    found: dict[tuple[str, str], list[Floats]] = {}
+    depth: dict[str, list[int]] = {}
+    for layer in layers:
+        draws = drawn(layer, scope)
+        for quality, values in qualities(**draws).items():
+            depth.setdefault(quality, []).append(layer.layer)
+            metrics = fits(values, draws["selections"])
+            metrics["gamma_soft"] = fit_near(values, draws["probs"])
+            metrics["dropped_experts"] = (~np.isfinite(values[:1])).sum(axis=1).astype(float)
+            for metric, of_layer in metrics.items():
+                found.setdefault((metric, quality), []).append(of_layer)
+    stacked = {key: np.stack(of_layers, axis=1) for key, of_layers in found.items()}
+    parts = [
+        fit_rows(metric, scope, depth[quality], draws, quality=quality)
+        for (metric, quality), draws in stacked.items()
+    ]
+    gammas = {
+        quality: stacked["gamma_eff", quality]
+        for quality in depth
+        if len(depth[quality]) == len(layers)
+    }
+    return gammas, parts
+
+
+def distance_rows(layers: Sequence[LayerSums], left_out: Scope) -> Iterator[pd.DataFrame]:
+    """Distances from the fits and imbalances."""
+    found: dict[tuple[str, str | None], list[Floats]] = {}
+    depth: dict[str | None, list[int]] = {}
+    for layer in layers:
+        draws = drawn(layer, left_out)
+        depth.setdefault(None, []).append(layer.layer)
+        load = shares(draws["selections"])
+        found.setdefault(("b_load", None), []).append(largest_over_mean(load))
+        for name, values in qualities(**draws).items():
+            depth.setdefault(name, []).append(layer.layer)
+            for metric, of_layer in distances(values, draws["selections"]).items():
+                found.setdefault((metric, name), []).append(of_layer)
+    for (metric, quality), of_layers in found.items():
+        draws_of = np.stack(of_layers, axis=1)
+        columns = {"quality": quality, "num_tokens": left_out.num_tokens}
+        yield jackknife_rows(metric, depth[quality], draws_of, **columns)
 
 
 def fit_rows(
@@ -407,15 +439,16 @@ def mean_of_known(draws: Floats) -> Callable[..., Floats]:
     return pool
 
 
-def distance_rows(
-    metric: str, scope: Scope, layers: Sequence[int], draws: Floats, **columns: Any
+def jackknife_rows(
+    metric: str, layers: Sequence[int], draws: Floats, **columns: Any
 ) -> pd.DataFrame:
-    """`layer_rows` of what cannot be negative."""
-    if metric == "dropped_experts":
-        draws = draws[:1]
-    return layer_rows(
-        metric, scope, layers, draws, bounds=(0, np.inf), pool=mean_of_known(draws), **columns
-    )
+    """A smooth metric [1 + N, L] of all batches, and without one fold of them each."""
+    draws = np.column_stack([draws, mean_of_known(draws)(draws, axis=1)])
+    low, high = jackknife_interval(draws[0], draws[1:])
+    return rows(
+        metric, "layer", draws[0], layer=pd.array([*layers, pd.NA], dtype="Int64"), low=low,
+        high=high, **columns,
+    ).assign(scope=["layer"] * len(layers) + ["model"])  # fmt: skip
 
 
 def value_rows(
@@ -431,33 +464,27 @@ def value_rows(
 
 
 def held_out_rows(
-    layers: Sequence[LayerSums], scope: Scope, occupied: NDArray[np.bool_]
+    layers: Sequence[LayerSums], left_out: Scope, occupied: NDArray[np.bool_]
 ) -> Iterator[pd.DataFrame]:
-    """`held_out` of every layer; intervals leave out one batch at a time."""
+    """`held_out` of every layer."""
     half = half_of(occupied)
-    weights = 1 - np.eye(len(occupied))[occupied]
-    leave_out = replace(scope, weights=weights)
     found: dict[str, list[Floats]] = {}
     for layer in layers:
         counts, quality = [], []
         for i in (0, 1):
             kept = (half == i)[:, None]
             draws = {
-                name: leave_out.draws(layer.sums[name] * kept) for name in ("selections", "probs")
+                name: left_out.draws(layer.sums[name] * kept) for name in ("selections", "probs")
             }
             counts.append(draws["selections"])
             quality.append(qualities(**draws)["q1"])
         for name, values in held_out(np.stack(quality), np.stack(counts)).items():
             found.setdefault(name, []).append(values)
-    depth = pd.array([*(layer.layer for layer in layers), pd.NA], dtype="Int64")
     for name, of_layers in found.items():
-        left_out = np.stack(of_layers, axis=1)
-        left_out = np.column_stack([left_out, mean_of_known(left_out)(left_out, axis=1)])
-        low, high = jackknife_interval(left_out[0], left_out[1:], bounds=(0, np.inf))
-        yield rows(
-            f"heldout_l1_{name}", "layer", left_out[0], layer=depth, low=low, high=high,
-            quality="q1", num_tokens=scope.num_tokens,
-        ).assign(scope=["layer"] * len(layers) + ["model"])  # fmt: skip
+        yield jackknife_rows(
+            f"heldout_l1_{name}", [layer.layer for layer in layers], np.stack(of_layers, axis=1),
+            quality="q1", num_tokens=left_out.num_tokens,
+        )  # fmt: skip
 
 
 def explicit_rows(
@@ -536,23 +563,24 @@ def expert_rows(layers: Sequence[LayerSums], scope: Scope, gamma: Floats) -> Ite
 
 
 def null_rows(layers: Sequence[LayerSums], scope: Scope, seed: int) -> Iterator[pd.DataFrame]:
-    """Gamma of loads that are selected from independently resampled logits."""
+    """Gamma and temperature of loads that are selected from independently resampled logits."""
     some = [
         layer
         for layer in layers
         if layer.sample and layer.rule is not None and layer.rule.bias_on is None
     ]
-    if not some:
-        return
-    draws = []
+    found: dict[str, list[Floats]] = {}
     for layer in some:
-        counts, probs = null_sums(layer, scope.weights.shape[1], seed)
-        quality = centred(np.log(scope.draws(probs)))
+        counts, probs = (
+            scope.draws(sums) for sums in null_sums(layer, scope.weights.shape[1], seed)
+        )
         with np.errstate(invalid="ignore"):
-            draws.append(fit_near(quality, shares(scope.draws(counts))))
-    yield fit_rows(
-        "gamma_null", scope, [layer.layer for layer in some], np.stack(draws, axis=1), quality="q1"
-    )
+            metrics = fits(qualities(counts, probs)["q1"], counts)
+        found.setdefault("gamma_null", []).append(metrics["gamma_eff"])
+        found.setdefault("temperature_null", []).append(metrics["temperature"])
+    for metric, of_layers in found.items():
+        depth = [layer.layer for layer in some]
+        yield fit_rows(metric, scope, depth, np.stack(of_layers, axis=1), quality="q1")
 
 
 def null_sums(layer: LayerSums, num_batches: int, seed: int) -> tuple[Floats, Floats]:
@@ -582,7 +610,7 @@ def null_sums(layer: LayerSums, num_batches: int, seed: int) -> tuple[Floats, Fl
 
 
 def types_rows(
-    layers: Sequence[LayerSums], scope: Scope, occupied: NDArray[np.bool_], seed: int
+    layers: Sequence[LayerSums], occupied: NDArray[np.bool_], seed: int
 ) -> Iterator[pd.DataFrame]:
     """The extension to several types of tokens."""
     found: dict[str, list[Floats]] = {}
@@ -595,15 +623,11 @@ def types_rows(
                 found.setdefault(name, []).append(values)
     for name, of_layers in found.items():
         draws = np.stack(of_layers, axis=1)
-        draws = np.column_stack([draws, draws.mean(axis=1)])
-        low, high = jackknife_interval(draws[0], draws[1:])
-        if name in ("count", "share"):
-            low, high = np.full((2, draws.shape[1]), np.nan)
-        yield rows(
-            f"types_{name}", "layer", draws[0],
-            layer=pd.array([*(layer.layer for layer in some), pd.NA], dtype="Int64"),
-            low=low, high=high, num_tokens=min(len(layer.sample or ()) for layer in some),
-        ).assign(scope=["layer"] * len(some) + ["model"])  # fmt: skip
+        yield jackknife_rows(
+            f"types_{name}", [layer.layer for layer in some],
+            draws[:1] if name in ("count", "share") else draws,
+            num_tokens=min(len(layer.sample or ()) for layer in some),
+        )  # fmt: skip
 
 
 def layer_types(layer: LayerSums, num_batches: int, seed: int) -> list[TypeSums]:
@@ -626,6 +650,7 @@ def layer_types(layer: LayerSums, num_batches: int, seed: int) -> list[TypeSums]
 
 def across(table: pd.DataFrame) -> pd.DataFrame | None:
     """Phases of a run and agreement of the qualities over its checkpoints; needs steps."""
+    table = table[table["metric"].isin(("gamma_eff", "b_load"))]
     steps = table[["trace", "step"]].drop_duplicates().sort_values("step")
     if steps["step"].isna().any() or steps["step"].duplicated().any() or len(steps) < 2:
         return None
@@ -690,64 +715,94 @@ def phase_rows(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[pd.DataFram
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
     """Gamma by layer with its nulls, loads against preferences, and the trajectory."""
-    steps = table["step"].dropna().unique()
-    yield gamma_picture(table, in_time=len(steps) > 1)
-    last = table["step"].max() if len(steps) > 1 else None
+    steps = sorted(int(step) for step in table["step"].dropna().unique())
+    in_time = len(steps) > 1
+    yield heat_picture(table) if in_time else gamma_picture(table)
     for suffix, of_trace in each_trace(table):
-        if last is None or (of_trace["step"] == last).all():
+        if not in_time or (of_trace["step"] == steps[-1]).all():
             yield load_picture(of_trace, suffix)
-    if len(steps) > 1:
-        yield trajectory_picture(table)
+    if in_time:
+        yield trajectory_picture(table, steps)
 
 
-def gamma_picture(table: pd.DataFrame, *, in_time: bool) -> Picture:
-    """Gamma by layer; over steps as a heat map."""
+def heat_picture(table: pd.DataFrame) -> Picture:
+    """Gamma and temperature by layer and step."""
     from moetools.reporting import charts, style
 
-    q1 = select(table, metric="gamma_eff", scope="layer", quality="q1")
-    if in_time:
-        values, layers, steps = charts.matrix(q1, columns="step")
-        figure, axes = style.subplots(height=charts.heatmap_height(len(layers)))
-        style.heatmap(axes[0, 0], values, rows=layers, columns=steps, label="gamma_eff (q1)")
-        axes[0, 0].set(xlabel="step", ylabel="layer")
-        return Picture(
-            name="gamma_by_layer",
-            caption="Gamma_eff as defined by moetools (q1), by layer and training step.",
-            figure=figure,
-        )
-    several = table["trace"].nunique() > 1
-    figure, axes = style.subplots(1, 1 if several else 2, height=3.0)
-    left = axes[0, 0]
-    charts.lines_by_layer(left, q1, label="gamma_eff")
-    null = select(table, metric="gamma_null", scope="layer")
-    soft = select(table, metric="gamma_soft", scope="layer", quality="q1")
-    plain = {"color": "#888888"} if not several else {}
-    if not null.empty:
-        charts.lines_by_layer(left, null, label="gamma_null", ls="--", marker="", **plain)
-    charts.lines_by_layer(
-        left, soft, label="gamma_soft", ls=":", marker="", color="#888888" if not several else None
-    ) if not several else left.axhline(0, color="#888888", ls=":", lw=1)
-    left.set(ylabel="gamma (quality q1)")
-    left.legend()
-    caption = (
-        "Gamma_eff as defined by moetools, by layer with 95 % intervals: how much flatter the load "
-        "is than the mean probabilities; 0 is not flatter. "
-        + ("Dashed: loads from logits resampled for each expert on its own. " if len(null) else "")
-        + "Dotted: the probabilities themselves as the load."
+    figure, axes = style.subplots(1, 2, height=3.0)
+    for ax, metric, center in ((axes[0, 0], "gamma_eff", None), (axes[0, 1], "temperature", 1.0)):
+        found = select(table, metric=metric, scope="layer", quality="q1")
+        values, layers, steps = charts.matrix(found, columns="step")
+        top = {"vmin": 0.0, "vmax": max(np.nanmax(values, initial=0), 1.0)}
+        style.heatmap(
+            ax, values, rows=layers, columns=steps, label=f"{metric} (q1)", center=center,
+            **(top if center is None else {}),
+        )  # fmt: skip
+        ax.set(xlabel="step", ylabel="layer")
+    return Picture(
+        name="gamma_by_layer",
+        caption=(
+            "By layer and training step, with quality q1: gamma_eff as defined by moetools, and "
+            "the temperature of the load, below 1 where the load is sharper than the router's "
+            "preferences and gamma_eff is 0."
+        ),
+        figure=figure,
     )
-    if not several:
-        right = axes[0, 1]
-        for i, quality in enumerate(QUALITIES):
-            found = select(table, metric="gamma_eff", scope="layer", quality=quality)
-            if not found.empty:
-                charts.lines_by_layer(
-                    right, found, label=f"{quality} {QUALITIES[quality]}", color=style.COLORS[i]
-                )
-        right.set(ylabel="gamma_eff")
-        right.set_yscale("symlog", linthresh=1)
-        right.legend()
-        caption += " Right: the same under each estimate of quality; only shapes are comparable."
-    return Picture(name="gamma_by_layer", caption=caption, figure=figure)
+
+
+def gamma_picture(table: pd.DataFrame) -> Picture:
+    """Gamma with its nulls, and the temperature under every quality, by layer."""
+    from moetools.reporting import charts, style
+
+    several = table["trace"].nunique() > 1
+    figure, axes = style.subplots(1, 2, height=3.0)
+    left, right = axes[0]
+    null = select(table, metric="gamma_null", scope="layer")
+    if not null.empty:
+        grey = {} if several else {"color": "#888888"}
+        charts.lines_by_layer(left, null, label="gamma_null", ls="--", marker="", **grey)
+    found = select(table, metric="gamma_eff", scope="layer", quality="q1")
+    charts.lines_by_layer(left, found, label="gamma_eff")
+    soft = select(table, metric="gamma_soft", scope="layer", quality="q1")
+    charts.lines_by_layer(left, soft, label="gamma_soft", ls=":", marker="", color="#444444")
+    left.set(ylabel="gamma (quality q1)")
+    left.set_ylim(top=max(1.0, left.get_ylim()[1]))
+    left.legend()
+    null = select(table, metric="temperature_null", scope="layer")
+    if not null.empty:
+        grey = {} if several else {"color": "#888888"}
+        charts.lines_by_layer(right, null, label="null", ls="--", marker="", **grey)
+    for i, quality in enumerate(QUALITIES):
+        found = select(table, metric="temperature", scope="layer", quality=quality)
+        options = {"ls": LINES[i]} if several else {"color": style.COLORS[i]}
+        if found["value"].notna().any():
+            charts.lines_by_layer(right, found, label=quality, **options)
+    right.set(ylabel="temperature T")
+    right.set_yscale("log")
+    right.axhline(1, color="#888888", ls=":", lw=1)
+    plain_log(right.yaxis)
+    right.legend(ncols=2)
+    return Picture(
+        name="gamma_by_layer",
+        caption=(
+            "Left: gamma_eff as defined by moetools, by layer with 95 % intervals: how much "
+            "flatter the load is than the mean probabilities. "
+            + ("Dashed: loads from logits resampled for each expert alone. " if len(null) else "")
+            + "Dotted: the probabilities themselves as the load. Right: the temperature of the "
+            "load under each estimate of quality: above 1 the load is flatter than the "
+            "preferences, below 1 it is sharper and gamma_eff is 0."
+        ),
+        figure=figure,
+    )
+
+
+def plain_log(axis: Any) -> None:
+    """Marks of a logarithmic axis at 1, 2, 5, 10, ..., written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def load_picture(table: pd.DataFrame, suffix: str) -> Picture:
@@ -776,6 +831,8 @@ def load_picture(table: pd.DataFrame, suffix: str) -> Picture:
         xscale="log", yscale="log", xlim=limits_of_both, ylim=limits_of_both,
         xlabel="share of softmax(q1), times E", ylabel="share of the load, times E",
     )  # fmt: skip
+    for axis in (here.xaxis, here.yaxis):
+        plain_log(axis)
     here.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(layers) // 17)
     return Picture(
         name=f"load_against_preference{suffix}",
@@ -788,34 +845,42 @@ def load_picture(table: pd.DataFrame, suffix: str) -> Picture:
     )
 
 
-def trajectory_picture(table: pd.DataFrame) -> Picture:
-    """Gamma under every quality, B and B_q over the steps."""
+def trajectory_picture(table: pd.DataFrame, steps: Sequence[int]) -> Picture:
+    """Gamma and temperature under every quality, B and B_q over the steps."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
     from moetools.reporting import style
 
-    figure, axes = style.subplots(1, 2, height=3.2)
-    left, right = axes[0]
+    figure, axes = style.subplots(1, 3, height=3.0)
+    left, middle, right = axes[0]
     for i, quality in enumerate(QUALITIES):
-        found = select(table, metric="gamma_eff", scope="model", quality=quality)
-        draw_steps(left, found, label=quality, color=style.COLORS[i])
-    draw_steps(
-        right, select(table, metric="b_load", scope="model"), label="B, load", color=style.COLORS[0]
-    )
+        for ax, metric in ((left, "gamma_eff"), (middle, "temperature")):
+            found = select(table, metric=metric, scope="model", quality=quality)
+            draw_steps(ax, found, label=quality, color=style.COLORS[i])
+    b_load = select(table, metric="b_load", scope="model")
+    draw_steps(right, b_load, label="B, load", color=style.COLORS[4])
     found = select(table, metric="b_quality", scope="model", quality="q1")
-    draw_steps(right, found, label="B_q, softmax(q1)", color=style.COLORS[1])
-    steps = sorted(int(step) for step in table["step"].dropna().unique())
-    for ax in (left, right):
+    draw_steps(right, found, label="B_q, softmax(q1)", color=style.COLORS[0])
+    for ax in (left, middle, right):
         step_axis(ax, steps)
-        if len(ax.get_lines()):
-            ax.legend()
+        ax.legend()
     left.set(ylabel="gamma_eff, mean over layers")
     left.set_yscale("symlog", linthresh=1)
+    left.yaxis.set_major_locator(FixedLocator([0, 1, 10, 100, 1000]))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_ylim(-0.2, max(1.2, left.get_ylim()[1]))
+    middle.set(ylabel="temperature T, mean over layers")
+    middle.set_yscale("log")
+    middle.axhline(1, color="#888888", ls=":", lw=1)
+    plain_log(middle.yaxis)
     right.set(ylabel="largest over mean share")
     return Picture(
         name="trajectory",
         caption=(
             "Over training, with 95 % intervals. Left: gamma_eff as defined by moetools under each "
-            "estimate of quality. Right: imbalance of the load and that of the preferences: gamma "
-            "can change because either does."
+            "estimate of quality; 0 where the load is sharper than the quality, which the "
+            "temperature in the middle tells on both sides of 1. Right: imbalance of the load and "
+            "of the preferences: gamma can change because either does."
         ),
         figure=figure,
     )
@@ -852,52 +917,56 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         return
     row = mean.iloc[0]
     layers = select(table, metric="gamma_eff", scope="layer", quality="q1").dropna(subset="value")
-    num_flat = int((layers["value"] <= 1e-6).sum())
-    temperature = single(table, "temperature", quality="q1")
-    share = f"{num_flat} of {len(layers)} layers"
-    text = (
-        f"gamma_eff (as defined by moetools) is {row['value']:.1f}{interval(row)} over the layers"
+    num_flat = int((layers["value"] <= 0).sum())
+    temperature = select(table, metric="temperature", scope="model", quality="q1").iloc[0]
+    sharper = (
+        "sharper than the router's mean preferences, as hard selection makes it (temperature "
+        f"{temperature['value']:.2f}{interval(temperature, digits=2)})"
     )
     if num_flat == len(layers):
-        text += ": no layer's load is flatter than the router's own preferences"
-    elif num_flat:
-        text += f", but 0 in {share}, whose load is as sharp as the router's preferences or sharper"
+        text = f"gamma_eff (as defined by moetools) is 0 in every layer: the load is {sharper}."
     else:
-        text += ": every layer's load is flatter than the router's own preferences"
-    yield Finding(
-        text=f"{text}. A frozen router has no congestion, so that is all it says.",
-        weight=float(np.clip(0.25 + abs(temperature - 1), 0, 0.7)) if temperature > 0 else 0.3,
-        metric="gamma_eff",
-    )
-    null = select(table, metric="gamma_null", scope="layer").set_index("layer")
-    if len(null):
-        own = layers.set_index("layer").loc[lambda found: found.index.isin(null.index)]
+        text = (
+            f"gamma_eff (as defined by moetools) is {row['value']:.1f}{interval(row)} over the "
+            "layers: the load is flatter than the router's mean preferences"
+            + (f", but not in {num_flat} of {len(layers)} layers" if num_flat else "")
+            + ". A frozen router has no congestion, so that is all it says."
+        )
+    unusual = abs(np.log(temperature["value"])) if temperature["value"] > 0 else 0.0
+    yield Finding(text=text, weight=float(np.clip(0.2 + unusual / 2, 0, 0.6)), metric="gamma_eff")
+    null = select(table, metric="temperature_null", scope="layer").set_index("layer")
+    own = select(table, metric="temperature", scope="layer", quality="q1").set_index("layer")
+    own = own[own.index.isin(null.index)]
+    if len(own):
         null = null.loc[own.index]
-        above = int((own["low"] > null["high"]).sum())
-        below = int((own["high"] < null["low"]).sum())
+        above, below = (
+            int((own["low"] > null["high"]).sum()),
+            int((own["high"] < null["low"]).sum()),
+        )
         yield Finding(
             text=(
-                f"Against loads selected from independently resampled logits, gamma_eff is higher "
-                f"in {above}, lower in {below} and not told apart in "
-                f"{len(own) - above - below} of {len(own)} layers."
+                "Against loads selected from independently resampled logits, whose temperature is "
+                f"{single(table, 'temperature_null'):.2f}, the load is flatter in {above}, sharper "
+                f"in {below} and not told apart in {len(own) - above - below} of {len(own)} layers."
             ),
             weight=0.3,
-            metric="gamma_null",
+            metric="temperature_null",
         )
     mfg = single(table, "heldout_l1_mfg", quality="q1")
     scaled = single(table, "heldout_l1_softmax", quality="q1")
     if np.isfinite([mfg, scaled]).all():
+        if num_flat == len(layers):
+            verdict = "At gamma 0 the game is no more than the preferences as they are."
+        elif mfg > scaled - 0.01:
+            verdict = "The game adds nothing to a temperature."
+        else:
+            verdict = "The game is nearer."
         yield Finding(
             text=(
                 f"Loads of unseen texts are predicted with an L1 of {mfg:.3f} by the congestion "
-                f"game and {scaled:.3f} by a temperature of the router's preferences"
-                + (
-                    ": the game adds nothing to a temperature."
-                    if mfg > scaled - 0.01
-                    else ": the game is nearer."
-                )
+                f"game and {scaled:.3f} by a temperature of the router's preferences. {verdict}"
             ),
-            weight=0.2 if abs(mfg - scaled) < 0.02 else 0.5,
+            weight=0.5 if verdict == "The game is nearer." else 0.2,
             metric="heldout_l1_mfg",
         )
     for metric, against in (
@@ -942,28 +1011,38 @@ def phase_findings(table: pd.DataFrame) -> Iterator[Finding]:
         for row in select(table, metric=name, scope="model", quality=quality).to_dict("records"):
             ends = select(table, metric=f"{name}_resolved", scope="model", quality=quality)
             resolved = bool((ends["value"] > 0).all())
-            quantity = "B" if name == "stabilisation" else "gamma_eff"
-            span = f"from step {int(row['from_step'])} to {row['step']}"
-            if row["from_step"] == row["step"]:
-                text = (
-                    f"No {name} of {quantity} ends or starts at step {row['step']}: not resolved."
-                )
-            elif name == "stabilisation" and resolved:
-                text = f"Stabilisation: the intervals of B all overlap {span}."
-            else:
-                text = (
-                    f"{name.capitalize()} of {quantity} {span}: {row['value']:+.2f}"
-                    f"{interval(row)}, {'resolved' if resolved else 'not resolved'}."
-                )
+            text = phase_sentence(name, row, resolved=resolved)
             yield Finding(text=text, weight=0.6 if resolved else 0.3, metric=name)
 
 
-def interval(row: Mapping[Any, Any] | pd.Series, *, percent: bool = False, sign: int = 1) -> str:
+def phase_sentence(name: str, row: Mapping[Any, Any], *, resolved: bool) -> str:
+    """One phase in words.
+
+    Args:
+        name: One of `PHASES`.
+        row: Its row of the table.
+        resolved: Whether intervals tell it.
+    """
+    of_load = name == "stabilisation"
+    title = f"{name.capitalize()} of {'B' if of_load else 'gamma_eff'}"
+    first, last = int(row["from_step"]), int(row["step"])
+    if first == last:
+        return f"{title}: none, because step {last} is an end of the curve or its only extreme."
+    if of_load:
+        apart = "all overlap" if resolved else "overlap, but two checkpoints make no plateau"
+        return f"{title} from step {first} to {last}: the 95 % intervals {apart}."
+    verdict = "resolved" if resolved else "not resolved, the 95 % intervals of its ends overlap"
+    return f"{title} from step {first} to {last}: {row['value']:+.2f}{interval(row)}, {verdict}."
+
+
+def interval(
+    row: Mapping[Any, Any] | pd.Series, *, digits: int = 1, percent: bool = False, sign: int = 1
+) -> str:
     """The interval of a row in brackets, if it has one."""
     ends = sorted([sign * row["low"], sign * row["high"]])
     if not np.isfinite(ends).all():
         return ""
-    form = "{:+.0%}" if percent else "{:.1f}"
+    form = "{:+.0%}" if percent else f"{{:.{digits}f}}"
     return f" [{form.format(ends[0])}, {form.format(ends[1])}]"
 
 

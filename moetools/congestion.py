@@ -27,6 +27,8 @@ Floats = NDArray[np.float64]
 LOWEST_GAMMA = -1 + 1e-6
 """Above -1 the equilibrium is unique."""
 LARGEST_GAMMA = 2000.0
+SMALLEST_GAMMA = 1e-9
+"""Below, a fit is rounding."""
 NUM_GRID = 60
 LARGEST_SCALE = 1000.0
 MAX_ITERATIONS = 200
@@ -281,26 +283,38 @@ def qualities(
 
 
 def fits(quality: Array, counts: Array) -> dict[str, Floats]:
-    """Everything that is fitted to one load, for the data and its bootstrap replicates.
+    """What is fitted to one load, for the data and its replicates.
 
     Args:
         quality: [1 + B, E] q, the data first.
         counts: [1 + B, E] selections.
 
     Returns:
-        [1 + B] each: `gamma_eff`; `l1_mfg` from its equilibrium; `temperature`, `gamma_temperature`
-        = E * (T - 1) and `l1_softmax` of the best softmax(q / T); `b_quality`, the largest over the
-        mean of softmax(q).
+        [1 + B] each: `gamma_eff`; `temperature` T and `gamma_temperature` = E * (T - 1).
     """
-    load = shares(counts, np.isfinite(quality))
-    gamma = fit_near(quality, load)
-    temperature = fit_temperature(quality, load)
-    scaled = softmax(quality / temperature[:, None])
+    temperature = fit_temperature(quality, counts)
     return {
-        "gamma_eff": gamma,
-        "l1_mfg": l1(load, equilibrium(quality, gamma)),
+        "gamma_eff": fit_near(quality, counts),
         "temperature": temperature,
         "gamma_temperature": quality.shape[-1] * (temperature - 1),
+    }
+
+
+def distances(quality: Array, counts: Array) -> dict[str, Floats]:
+    """How far a load is from its fits, and how uneven both sides are.
+
+    Args:
+        quality: [1 + B, E] q, the data first.
+        counts: [1 + B, E] selections.
+
+    Returns:
+        [1 + B] each: `l1_mfg` from the equilibrium of gamma_eff, `l1_softmax` from the best
+        softmax(q / T); `b_quality`, the largest over the mean of softmax(q).
+    """
+    load = shares(counts, np.isfinite(quality))
+    scaled = softmax(quality / fit_temperature(quality, load)[:, None])
+    return {
+        "l1_mfg": l1(load, equilibrium(quality, fit_near(quality, load))),
         "l1_softmax": l1(load, scaled),
         "b_quality": largest_over_mean(softmax(quality)),
     }
@@ -679,6 +693,8 @@ def _fit_kl(
             if slope == 0 or min(moved, right - left) <= 1e-10:
                 break
         found[r] = np.expm1(s)
+        if abs(found[r]) < SMALLEST_GAMMA:
+            found[r] = 0.0
 
 
 def _fit_l1(quality: Floats, load: Floats, lower: float, upper: float) -> Floats:

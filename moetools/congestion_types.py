@@ -35,7 +35,7 @@ from moetools.congestion import (
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
-LARGEST_BETA = 50.0
+LARGEST_BETA = 1000.0
 NUM_FOLDS = 10
 MAX_KMEANS = 20
 

@@ -262,6 +262,8 @@ def test_null_of_independent_logits_is_gamma_itself(tmp_path):
     assert null["value"] == pytest.approx(own["value"], abs=1.5)
     assert null["low"] <= own["high"]
     assert own["low"] <= null["high"]
+    temperature = single(table, "temperature", quality="q1")
+    assert single(table, "temperature_null") == pytest.approx(temperature, abs=0.1)
 
 
 def test_null_differs_where_logits_are_coupled(tmp_path):
@@ -277,7 +279,7 @@ def test_null_differs_where_logits_are_coupled(tmp_path):
     assert own["low"] == 0
     assert null["low"] > own["high"]
     texts = [finding.text for finding in ANALYSIS.findings(table)]
-    assert any("lower in 1" in text and "resampled" in text for text in texts)
+    assert any("sharper in 1" in text and "resampled" in text for text in texts)
 
 
 def test_types_of_tokens_are_found(tmp_path):
@@ -366,7 +368,9 @@ def test_phases_of_a_planted_run():
     keys = [c for c in table.columns if c not in ("value", "low", "high", "num_tokens")]
     assert not table.duplicated(keys).any()
     texts = [f.text for f in ANALYSIS.findings(table[table["trace"] == "step200"])]
-    assert any("Surge of gamma_eff from step 0 to 200" in t and ", resolved." in t for t in texts)
+    assert any(
+        "Surge of gamma_eff from step 0 to 200: +" in t and ", resolved." in t for t in texts
+    )
     pictures = {picture.name for picture in ANALYSIS.plots(table)}
     assert pictures == {"gamma_by_layer", "load_against_preference_step400", "trajectory"}
 
@@ -386,7 +390,10 @@ def test_noise_is_no_phase():
         for finding in ANALYSIS.findings(table[table["trace"] == trace])
     ]
     assert any("not resolved" in text for text in texts)
-    assert any("Stabilisation: the intervals of B all overlap" in text for text in texts)
+    assert any(
+        "Stabilisation of B from step 0 to 300: the 95 % intervals all overlap." in text
+        for text in texts
+    )
 
 
 def test_gamma_and_b_can_part():

@@ -8,6 +8,7 @@ from moetools.congestion import (
     centred,
     disequilibrium,
     disequilibrium_floor,
+    distances,
     equilibrium,
     fit_gamma,
     fit_temperature,
@@ -444,11 +445,11 @@ def test_held_out_losses_are_those_of_the_other_half():
     quality = rng.normal(0, 0.5, (2, 1, M))
     counts = np.stack([rng.multinomial(5000, equilibrium(q, 9.0)) for q in quality])
     found = held_out(quality, counts)
-    distances = []
+    expected = []
     for own, other in ((0, 1), (1, 0)):
         q = quality[own, 0]
-        distances.append(l1(shares(counts[other, 0]), equilibrium(q, fit_gamma(q, counts[own, 0]))))
-    assert found["mfg"] == pytest.approx(np.mean(distances))
+        expected.append(l1(shares(counts[other, 0]), equilibrium(q, fit_gamma(q, counts[own, 0]))))
+    assert found["mfg"] == pytest.approx(np.mean(expected))
     scaled = softmax(quality[0, 0] / fit_temperature(quality[0, 0], counts[0, 0]))
     other = softmax(quality[1, 0] / fit_temperature(quality[1, 0], counts[1, 0]))
     expected = (l1(shares(counts[1, 0]), scaled) + l1(shares(counts[0, 0]), other)) / 2
@@ -462,5 +463,6 @@ def test_fits_start_from_the_data():
     found = fits(quality, counts)
     np.testing.assert_allclose(found["gamma_eff"], fit_gamma(quality, counts), atol=1e-6)
     np.testing.assert_allclose(found["gamma_temperature"], M * (found["temperature"] - 1))
+    found = distances(quality, counts)
     np.testing.assert_allclose(found["b_quality"], M * softmax(quality).max(axis=1))
     assert (found["l1_mfg"] < found["l1_softmax"] + 0.02).all()
