@@ -82,7 +82,7 @@ MAX_TOKENS = 4096
 MIN_TOKENS = 256
 MIN_CORRELATED = 30
 MAX_SAMPLE_BYTES = 1 << 30
-MAX_OPERATIONS = 2e13
+MAX_OPERATIONS = 1e13
 """Of all experts on the sampled tokens, all layers together: minutes on a few cores."""
 
 SHIFTABLE = ("softmax", "top_k_softmax")
