@@ -13,7 +13,7 @@ CORE = Path(moetools.__path__[0])
 ANALYSES = Path(moetools.analyses.__path__[0])
 COMMANDS = Path(moetools.commands.__path__[0])
 USES_TRANSFORMERS = {
-    "architectures", "batching", "checkpoint", "hooks", "inspection", "loading", "texts",
+    "architectures", "batching", "checkpoint", "experts", "hooks", "inspection", "loading", "texts",
     "tracing",
 }  # fmt: skip
 
