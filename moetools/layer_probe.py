@@ -282,9 +282,10 @@ class _Store:
 
     def tables(self, jobs: Sequence[Job]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
         """Tables of all jobs, in their order."""
-        found = [self._memory.get(job.file) or self._read(job) for job in jobs]
+        found = [self._job_tables(job) for job in jobs]
         items = [each for _, each in found if each is not None]
-        return pd.concat([each for each, _ in found]), pd.concat(items) if items else None
+        documents = [each for each, _ in found if len(each)]
+        return pd.concat(documents), pd.concat(items) if items else None
 
     def native(self) -> Native:
         """What the unchanged model did."""
@@ -295,8 +296,9 @@ class _Store:
             correct=None if correct is None else np.array(correct, dtype=np.bool_),
         )
 
-    def _read(self, job: Job) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-        assert self._path is not None
+    def _job_tables(self, job: Job) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+        if self._path is None:
+            return self._memory[job.file]
         items = self._path / ITEMS / job.file
         return (
             pd.read_parquet(self._path / DOCUMENTS / job.file),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moetools import console
 from moetools.batching import TokenSequence
-from moetools.errors import ArchitectureError, RequestError
-from moetools.hooks import RouterRecorder
+from moetools.errors import ArchitectureError, RequestError, RoutingError
+from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
 from moetools.probe_plan import Job, ProbeOptions, Variant
 from moetools.probing import (
     OPERATORS,
@@ -32,7 +32,7 @@ from moetools.probing import (
     make_change,
     refusal,
 )
-from moetools.routing import ScoringRule, common_rules, fitting_rules, rounding
+from moetools.routing import ScoringRule, common_rules, fitting_rules, required, rounding
 from moetools.scoring import (
     Item,
     ScoredRow,
@@ -195,6 +195,8 @@ class Passes:
         self._specs = tuple({s.name: s for job in jobs for s in job.specs}.values())
         self._rerun: Rerun | None = Rerun(model, self._specs)
         self._routers: dict[str, Router] = {}
+        self._rules: dict[str, ScoringRule | None] = {}
+        self._native_loglik: list[NDArray[np.float64]] = []
         self._first_logits: Tensor | None = None
         self._state_layer = jobs[0].first
         switch_off_extras(model)
@@ -233,8 +235,6 @@ class Passes:
             ArchitectureError: Handing a router's own selection on changes the output.
         """
         usage = {spec.name: _Usage(spec.num_experts) for spec in self._specs}
-        self._rules: dict[str, ScoringRule | None] = {}
-        self._native_loglik = []
         calibration = self._data.calibration
         if calibration.rows:
             self._native_pass(calibration, usage, keep=False)
@@ -267,7 +267,10 @@ class Passes:
         ]
 
     def probe(self, job: Job, meter: console.Meter) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-        """Change the layers of a job: one row per variant and document, and per item."""
+        """Change the layers of a job: one row per variant and document, and per item.
+
+        Nothing where no operator can be applied to all of its routers.
+        """
         documents: list[pd.DataFrame] = []
         items: list[pd.DataFrame] = []
         following = self._following(job)
@@ -282,6 +285,8 @@ class Passes:
                     documents.append(_document_table(job, variant, each, of_rows, load))
                 else:
                     items.append(_item_table(job, variant, self._data, of_rows.loglik))
+        if not documents:
+            return pd.DataFrame(), None
         return pd.concat(documents), pd.concat(items) if items else None
 
     def _following(self, job: Job) -> int | None:
@@ -347,7 +352,13 @@ class Passes:
                 intervention.begin({}, rows=rows, watched=names if usage is not None else ())
                 with self._rerun.keeping(self._state_layer if keep else None):
                     logits = self._model(**arguments).logits
-                routings = recorder.take()
+                try:
+                    routings = recorder.take()
+                except NaNRoutingError as error:
+                    raise RoutingError(
+                        f"NaN in router {error.router}, in {len(error.rows)} tokens of one batch. "
+                        "The checkpoint or its --dtype is broken."
+                    ) from None
                 if not self._rules:
                     self._find_rules(routings)
                 if keep:
@@ -367,11 +378,11 @@ class Passes:
     def _arguments(self, each: Evaluation, batch: Sequence[int]) -> tuple[dict[str, Any], Tensor]:
         return model_arguments([each.rows[row].token_ids for row in batch], self._device)
 
-    def _find_rules(self, routings: Mapping[str, Any]) -> None:
+    def _find_rules(self, routings: Mapping[str, Routing]) -> None:
         self._rules = common_rules(
             {
                 spec.name: fitting_rules(
-                    routings[spec.name].router_logits,
+                    required(routings[spec.name].router_logits, "router_logits"),
                     routings[spec.name].top_k_index,
                     routings[spec.name].top_k_weights,
                     spec,
@@ -390,22 +401,25 @@ class Passes:
             or any(OPERATORS[name].needs_scores for name in self._options.operators)
         )
 
-    def _keep_routes(self, each: Evaluation, tokens: Tensor, routings: Mapping[str, Any]) -> None:
+    def _keep_routes(
+        self, each: Evaluation, tokens: Tensor, routings: Mapping[str, Routing]
+    ) -> None:
         for spec in self._specs:
             routing = routings[spec.name]
             if spec.name not in each.routes:
                 size = each.num_tokens
-                logits = torch.zeros(size, spec.num_experts) if self._needs_logits else None
+                empty = torch.zeros(size, spec.num_experts) if self._needs_logits else None
                 each.routes[spec.name] = Routes(
                     index=torch.zeros(size, spec.top_k, dtype=torch.int64),
                     weights=torch.zeros(size, spec.top_k),
-                    logits=logits,
+                    logits=empty,
                 )
             routes = each.routes[spec.name]
             routes.index[tokens] = routing.top_k_index.cpu()
             routes.weights[tokens] = routing.top_k_weights.float().cpu()
             if routes.logits is not None:
-                routes.logits[tokens] = routing.router_logits.float().cpu()
+                logits = required(routing.router_logits, "router_logits")
+                routes.logits[tokens] = logits.float().cpu()
 
     def _check_control(self) -> None:
         """Handing on the native selection must change nothing."""

@@ -272,6 +272,23 @@ def test_routers_without_a_known_rule(tmp_path, texts):
         moetools.probe(tmp_path / "model", operators=("next-k",), **options)
 
 
+def test_layers_of_a_set_that_refuse_differently(tmp_path, texts):
+    """Layer 0 looks its experts up by token id; the others have a rule."""
+    save_tiny("deepseek_v4", tmp_path / "model", vocab_size=258)
+    save_byte_tokenizer(tmp_path / "model")
+    options = {
+        "data": str(texts), "max_tokens": 150, "seeds": 1, "device": "cpu",
+        "operators": ("bottom-k",), "together": ("cumulative",), "out": tmp_path / "probe",
+    }  # fmt: skip
+    run = moetools.probe(tmp_path / "model", **options)
+    assert run.results["layers"].tolist() == ["1", "2", "1, 2", "2"]
+    assert run.summary["notes"] == [
+        "left out in layer 0: bottom-k reads the router's scores, and its scoring rule is unknown"
+    ]
+    again = moetools.probe(tmp_path / "model", resume=True, **options)
+    pd.testing.assert_frame_equal(again.results, run.results)
+
+
 def test_a_model_that_cannot_be_rerun_from_a_layer(tiny, texts, monkeypatch):
     """Whatever a rerun gets wrong is found out on the first batch."""
     options = {"data": str(texts), "operators": ("uniform", "skip"), "seeds": 1}
@@ -401,3 +418,14 @@ def test_texts_of_one_token_have_nothing_to_predict(capsys, tiny, tmp_path):
     code, _, err = moetools_cli(capsys, "probe", tiny, "--data", data, "--quiet")
     assert code == 2
     assert "one token each" in err
+
+
+def test_a_router_of_nan_stops_the_run(capsys, tmp_path, texts):
+    model = save_tiny("olmoe", tmp_path / "model", vocab_size=258)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
+    code, _, err = moetools_cli(capsys, "probe", tmp_path / "model", "--data", texts, "--quiet")
+    assert code == 2
+    assert "NaN in router 01" in err
