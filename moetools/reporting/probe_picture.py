@@ -65,7 +65,7 @@ def _substitutability(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xlabel("layer")
     axes.set_ylabel("substitutability")
     axes.set_title(
-        "Where skipping the layer hurts. 1: as good as the router's choice, 0: as bad as skipping"
+        "Where skipping hurts. 1: as good as the router's choice, 0: as bad as skipping"
     )
 
 
