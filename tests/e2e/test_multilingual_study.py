@@ -1,6 +1,5 @@
 """The worked study of the embedded checkpoint says what its tables say."""
 
-import os
 import re
 import subprocess
 import sys
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.slow
 def study(tmp_path_factory):
     """Folder of the page, its table of answers, and the numbers of the same trace."""
     folder = tmp_path_factory.mktemp("study")
-    before = os.times()
     finished = subprocess.run(
         [sys.executable, SCRIPT, "--out", folder / "page", "--trace", folder / "trace"],
         capture_output=True,
@@ -32,8 +30,6 @@ def study(tmp_path_factory):
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    spent = os.times().children_user - before.children_user
-    assert spent < 120  # seconds of one core, whatever else the machine does
     page = (folder / "page" / "README.md").read_text(encoding="utf-8")
     found = {
         question.strip(): (verdict, numbers)
