@@ -698,7 +698,7 @@ class _Comparison:
             try:
                 outputs = expert_outputs(module, hidden_states, top_k_index)
                 change = expert_outputs(other, hidden_states, of_b) - outputs
-            except ValueError:
+            except ArchitectureError:
                 self.drift.failed.add(pair.name)
             else:
                 self.drift.found[pair.name] = change.norm(dim=-1) / outputs.norm(dim=-1)

@@ -365,12 +365,21 @@ def expert_outputs(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor
         module: The experts, called with (hidden_states, top_k_index, top_k_weights).
         hidden_states: [T, H].
         top_k_index: [T, K].
+
+    Raises:
+        ArchitectureError: These experts cannot be called for one expert per token.
     """
     ones = hidden_states.new_ones(len(top_k_index), 1)
-    outputs = [
-        module.forward(hidden_states, top_k_index[:, place : place + 1].contiguous(), ones)
-        for place in range(top_k_index.shape[1])
-    ]
+    try:
+        outputs = [
+            module.forward(hidden_states, top_k_index[:, place : place + 1].contiguous(), ones)
+            for place in range(top_k_index.shape[1])
+        ]
+    except ValueError as error:  # LongcatFlashExperts counts on several
+        raise ArchitectureError(
+            f"{type(module).__name__} cannot be called for one expert per token ({error}), so the "
+            "outputs of single experts cannot be recorded: leave out --keep norms and outputs."
+        ) from error
     return torch.stack([each.reshape(len(ones), -1).float() for each in outputs], dim=1)
 
 

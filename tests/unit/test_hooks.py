@@ -294,3 +294,13 @@ def test_norms_are_refused_where_tokens_are_sorted_first() -> None:
 def test_unknown_keep_is_an_error(model: Any, routers: Any) -> None:
     with pytest.raises(ValueError, match="gradients"):
         RouterRecorder(model, routers, keep=frozenset({"gradients"}))
+
+
+def test_outputs_are_refused_where_experts_cannot_run_one_by_one() -> None:
+    model = tiny_models.tiny_model("longcat_flash")
+    routers = find_routers(model, None).routers
+    input_ids = torch.arange(3, 23).reshape(2, 10)
+    with RouterRecorder(model, routers, keep=frozenset({"outputs"})) as recorder:
+        recorder.begin(num_tokens=20)
+        with pytest.raises(ArchitectureError, match="LongcatFlashExperts cannot be called"):
+            model(input_ids)
