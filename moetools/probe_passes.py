@@ -521,6 +521,7 @@ class _Reference:
         self._outputs = dict(outputs)
         self._scored = ScoredTokens([each.rows[number] for number in batch])
         self._logprobs = self._scored.logprobs(logits)
+        self._best = self._logprobs.argmax(dim=-1)
 
     def compare(self, logits: Tensor, outputs: Mapping[str, Tensor], sums: _RowSums) -> None:
         """Add what a variant did to the rows of this batch."""
@@ -530,7 +531,7 @@ class _Reference:
             loglik,
             self._scored.chosen(native) - loglik,
             (native.exp() * (native - probed)).sum(dim=-1),
-            native.argmax(dim=-1) == probed.argmax(dim=-1),
+            self._best == probed.argmax(dim=-1),
         )
         values = self._scored.row_sums(torch.stack([each.double() for each in columns], dim=-1))
         sums.loglik[self._batch], sums.delta_nll[self._batch] = values[:, 0], values[:, 1]

@@ -88,18 +88,21 @@ def test_substitutability():
     assert pd.isna(reasons[("0", "uniform")])
 
 
-def test_intervals_cover_documents_and_seeds():
-    """A true effect of 1 with noise of documents and of seeds is covered in about 95 %."""
+@pytest.mark.parametrize(
+    ("of_documents", "of_seeds", "lowest"), [(0.5, 0.05, 0.89), (0.1, 0.2, 0.78)]
+)
+def test_intervals_cover_documents_and_seeds(of_documents, of_seeds, lowest):
+    """A true effect of 1 is covered, less often where eight seeds are all there is to resample."""
     generator = np.random.default_rng(0)
     counts = generator.integers(20, 200, 40)
     native = Native(nll=counts * 2.0, num_predicted=counts)
     tables = []
-    for run in range(200):
-        delta = 1 + generator.normal(0, 0.5, 40) + generator.normal(0, 0.05, (8, 1))
+    for run in range(100):
+        delta = 1 + generator.normal(0, of_documents, 40) + generator.normal(0, of_seeds, (8, 1))
         tables.append(table(delta, layers=str(run), counts=counts))
     found = results(*tables, native=native)
     covered = ((found["low"] <= 1) & (found["high"] >= 1)).mean()
-    assert 0.90 <= covered <= 0.985
+    assert lowest <= covered <= 0.99
 
 
 def test_items():
