@@ -47,6 +47,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     largest,
     mlp_routers,
     rows,
@@ -80,7 +81,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     return [f"experts.{router.name}" for router in routers]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """Layers that select one expert."""
     layers = [str(router.layer) for router in mlp_routers(trace) if router.top_k == 1]
     if not layers:

@@ -12,7 +12,9 @@ estimates. Scopes: `layer` and `model` (mean over layers). Feed-forward routers 
 
 By `quality`:
 
-- `gamma_eff`, with `dropped_experts`: experts without that quality, left out of the fit.
+- `gamma_eff`, with `dropped_experts`: experts without that quality, left out of the fit, and
+  `at_upper_bound`: 1 where gamma is 2000, because the load does not grow with that quality; for the
+  model the share of layers, whose mean then says little.
 - `temperature` T: softmax(q / T) nearest to the load; below 1 the load is sharper than q, and
   gamma_eff is 0. `gamma_temperature` = E (T - 1), nearly gamma_eff: a congestion of one type of
   tokens is a temperature in disguise. Null where the load does not grow with q.
@@ -59,12 +61,14 @@ largest gamma), `relaxation` (steepest fall after it) and `stabilisation` (longe
 intervals of `b_load` all overlap), at the step where each ends, `from_step` being where it starts.
 The value is the change of gamma_eff (of `b_load`) between both ends, low and high the smallest and
 largest change that their 95 % intervals allow. `surge_resolved`, `relaxation_resolved`: 1 only
-where the intervals of the ends do not overlap, `stabilisation_resolved` from three checkpoints on;
-0 means not resolved, whatever the curve looks like.
+where the intervals of the ends do not overlap and no layer is at the upper bound there,
+`stabilisation_resolved` from three checkpoints on; 0 means not resolved, whatever the curve looks
+like.
 
-Intervals of gamma and T resample 50 batches of whole texts, recompute q and the load, and refit
-(percentiles of 1000 replicates, for gamma has a boundary); those of distances and imbalances leave
-out one batch at a time.
+Intervals of gamma and T resample 50 batches of whole texts 1000 times, recompute q and the load,
+and refit (basic bootstrap, percentiles where the fit is at a bound); those of distances and
+imbalances leave out one batch at a time. Batches that differ push gamma up a little, because q is
+estimated too; the interval takes that into account, the value does not.
 
 What would fool you: a frozen router has no congestion, because nothing at inference reacts to the
 load. Gamma_eff above 0 only says that the load is flatter than the router's preferences. Tokens
@@ -87,6 +91,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     each_trace,
     layer_rows,
     mlp_routers,
@@ -96,6 +101,8 @@ from moetools.analysis import (
 )
 from moetools.congestion import (
     LARGEST_GAMMA,
+    LARGEST_SCALE,
+    bootstrap_interval,
     disequilibrium,
     disequilibrium_floor,
     distances,
@@ -130,6 +137,10 @@ QUALITIES = {
     "q2": "mean log probability",
     "q3": "log mean weight",
     "q4": "log mean contribution",
+}
+BOUNDS = {
+    "temperature": (1 / LARGEST_SCALE, LARGEST_SCALE),
+    "gamma_temperature": (-np.inf, np.inf),
 }
 SAMPLED_TOKENS = 8192
 NULL_ROUNDS = 4
@@ -176,7 +187,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     return [name for name in names if name in trace.columns]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """What the trace did not keep, and rules that the null cannot follow."""
     found = []
     unknown = [str(r.layer) for r in mlp_routers(trace) if r.rule is None]
@@ -384,12 +395,21 @@ def fitted_rows(
             depth.setdefault(quality, []).append(layer.layer)
             metrics = fits(values, draws["selections"])
             metrics["gamma_soft"] = fit_near(values, draws["probs"])
+            bound = metrics["gamma_eff"][:1] > 0.999 * LARGEST_GAMMA
+            metrics["at_upper_bound"] = bound.astype(np.float64)
             metrics["dropped_experts"] = (~np.isfinite(values[:1])).sum(axis=1).astype(float)
             for metric, of_layer in metrics.items():
                 found.setdefault((metric, quality), []).append(of_layer)
     stacked = {key: np.stack(of_layers, axis=1) for key, of_layers in found.items()}
     parts = [
-        fit_rows(metric, scope, depth[quality], draws, quality=quality)
+        fit_rows(
+            metric,
+            scope,
+            depth[quality],
+            draws,
+            quality=quality,
+            bounds=BOUNDS.get(metric, (0.0, LARGEST_GAMMA)),
+        )
         for (metric, quality), draws in stacked.items()
     ]
     gammas = {
@@ -420,11 +440,18 @@ def distance_rows(layers: Sequence[LayerSums], left_out: Scope) -> Iterator[pd.D
 
 
 def fit_rows(
-    metric: str, scope: Scope, layers: Sequence[int], draws: Floats, **columns: Any
+    metric: str,
+    scope: Scope,
+    layers: Sequence[int],
+    draws: Floats,
+    *,
+    bounds: tuple[float, float] = (0.0, LARGEST_GAMMA),
+    **columns: Any,
 ) -> pd.DataFrame:
-    """`layer_rows` with percentile intervals, for what has a boundary."""
+    """`layer_rows` with the intervals of fits that have bounds."""
     pool = mean_of_known(draws)
-    low, high = percentile_interval(np.column_stack([draws[1:], pool(draws[1:], axis=1)]))
+    both = np.column_stack([draws, pool(draws, axis=1)])
+    low, high = bootstrap_interval(both[0], both[1:], bounds=bounds)
     found = layer_rows(metric, scope, layers, draws, pool=pool, **columns)
     return found.assign(low=low, high=high)
 
@@ -501,9 +528,10 @@ def explicit_rows(
                 for layer in layers
             ]
         )
-        named = {"convention": convention}
-        yield value_rows("gamma_explicit", scope, depth, explicit, **named)
-        yield fit_rows("gamma_implicit", scope, depth, gamma - explicit, quality="q1", **named)
+        yield value_rows("gamma_explicit", scope, depth, explicit, convention=convention)
+        rest = fit_rows("gamma_implicit", scope, depth, gamma, quality="q1", convention=convention)
+        less = np.append(explicit, explicit.mean())
+        yield rest.assign(**{name: rest[name] - less for name in ("value", "low", "high")})
 
 
 def agreement_rows(gammas: Mapping[str, Floats], scope: Scope) -> Iterator[pd.DataFrame]:
@@ -580,7 +608,9 @@ def null_rows(layers: Sequence[LayerSums], scope: Scope, seed: int) -> Iterator[
         found.setdefault("temperature_null", []).append(metrics["temperature"])
     for metric, of_layers in found.items():
         depth = [layer.layer for layer in some]
-        yield fit_rows(metric, scope, depth, np.stack(of_layers, axis=1), quality="q1")
+        bounds = BOUNDS.get(metric.removesuffix("_null"), (0.0, LARGEST_GAMMA))
+        draws = np.stack(of_layers, axis=1)
+        yield fit_rows(metric, scope, depth, draws, bounds=bounds, quality="q1")
 
 
 def null_sums(layer: LayerSums, num_batches: int, seed: int) -> tuple[Floats, Floats]:
@@ -650,7 +680,7 @@ def layer_types(layer: LayerSums, num_batches: int, seed: int) -> list[TypeSums]
 
 def across(table: pd.DataFrame) -> pd.DataFrame | None:
     """Phases of a run and agreement of the qualities over its checkpoints; needs steps."""
-    table = table[table["metric"].isin(("gamma_eff", "b_load"))]
+    table = table[table["metric"].isin(("gamma_eff", "b_load", "at_upper_bound"))]
     steps = table[["trace", "step"]].drop_duplicates().sort_values("step")
     if steps["step"].isna().any() or steps["step"].duplicated().any() or len(steps) < 2:
         return None
@@ -690,6 +720,7 @@ def phase_rows(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[pd.DataFram
             gamma = series(select(table, metric="gamma_eff", quality=quality, **at), steps)
             if not len(gamma) or not len(b):
                 continue
+            bound = series(select(table, metric="at_upper_bound", quality=quality, **at), steps)
             for phase in phases(
                 *(gamma[name].to_numpy(float) for name in ("value", "low", "high")),
                 *(b[name].to_numpy(float) for name in ("low", "high")),
@@ -700,6 +731,7 @@ def phase_rows(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[pd.DataFram
                 ends = b if of_load else gamma
                 first, last = ends.iloc[phase.first], ends.iloc[phase.last]
                 moved = phase.first != phase.last
+                bounded = bound["value"].iloc[[phase.first, phase.last]].max() > 0 and not of_load
                 place = {
                     **at, "quality": None if of_load else quality, "trace": last["trace"],
                     "step": last["step"], "from_step": int(first["step"]),
@@ -710,7 +742,9 @@ def phase_rows(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[pd.DataFram
                     low=last["low"] - first["high"] if moved else np.nan,
                     high=last["high"] - first["low"] if moved else np.nan, **place,
                 )  # fmt: skip
-                yield rows(f"{phase.name}_resolved", value=float(phase.resolved), **place)
+                yield rows(
+                    f"{phase.name}_resolved", value=float(phase.resolved and not bounded), **place
+                )
 
 
 def plots(table: pd.DataFrame) -> Iterator[Picture]:
@@ -1031,7 +1065,12 @@ def phase_sentence(name: str, row: Mapping[Any, Any], *, resolved: bool) -> str:
     if of_load:
         apart = "all overlap" if resolved else "overlap, but two checkpoints make no plateau"
         return f"{title} from step {first} to {last}: the 95 % intervals {apart}."
-    verdict = "resolved" if resolved else "not resolved, the 95 % intervals of its ends overlap"
+    if resolved:
+        verdict = "resolved"
+    elif row["low"] < 0 < row["high"]:
+        verdict = "not resolved, the 95 % intervals of its ends overlap"
+    else:
+        verdict = "not resolved, because gamma is at its upper bound in some layer"
     return f"{title} from step {first} to {last}: {row['value']:+.2f}{interval(row)}, {verdict}."
 
 

@@ -62,6 +62,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     mlp_routers,
     model_of,
     select,
@@ -127,7 +128,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     ]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """Statistics on tokens need their inputs."""
     if "inputs" in trace.manifest.keep:
         return ()

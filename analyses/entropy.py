@@ -33,6 +33,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     layer_rows,
     mlp_routers,
     select,
@@ -68,7 +69,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     ]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """Layers without probabilities."""
     layers = [str(router.layer) for router in mlp_routers(trace) if router.rule is None]
     if not layers:

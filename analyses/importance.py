@@ -47,6 +47,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     each_trace,
     mlp_routers,
     select,
@@ -101,7 +102,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     return [name for name in names if name in trace.columns]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """Scores of the experts' outputs need them recorded."""
     if "outputs" in trace.manifest.keep:
         return ()

@@ -49,6 +49,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     each_trace,
     router_columns,
     select,
@@ -102,7 +103,7 @@ def strides(trace: TraceStore) -> tuple[int, int]:
     return own, pooled
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """What is sampled."""
     names = ("sch_cache", "The cache that all layers share")
     return [

@@ -149,7 +149,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     ]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: "MultilingualState") -> Sequence[str]:
     """Parts that the trace does not allow, and what rests on a sample."""
     found = []
     routers = mlp_routers(trace)
@@ -165,13 +165,7 @@ def limits(trace: TraceStore) -> Sequence[str]:
             "No divergence and no entropy of profiles for layers whose scoring rule is unknown, "
             f"hence without probabilities: {', '.join(unknown)}."
         )
-    capacity = num_items(routers, len(trace.groups))
-    sample = ItemSample(capacity, {"present": (len(trace.groups),)})
-    for batch in trace.batches(["id"]):
-        slot = sample.slots(batch.sequences["id"])
-        kept = (slot >= 0) & (batch.group >= 0)
-        sample.sums["present"][slot[kept], batch.group[kept]] = 1
-    present = sample.sums["present"] > 0
+    present = state.items.sums["tokens"] > 0
     shared = present[present.sum(axis=1) > 1]
     languages = shared.any(axis=0)
     if reference is not None:
@@ -188,13 +182,13 @@ def limits(trace: TraceStore) -> Sequence[str]:
             f"No correlation of divergence with a score: it takes {MIN_CORRELATED} languages "
             f"besides the reference, the trace has {languages.sum()}."
         )
-    elif reference is not None and not trace.manifest.has_nll:
+    elif reference is not None and not trace.manifest.has_nll and not state.options.scores:
         found.append(
             "The score of each language was not measured: record the trace with --keep nll, or "
             "give scores with --scores."
         )
-    if sample.is_full:
-        found.append(f"Divergence on {capacity:,} ids, chosen by a hash.")
+    if state.items.is_full:
+        found.append(f"Divergence on {state.items.capacity:,} ids, chosen by a hash.")
     num_pairs = len(trace.groups) * (len(trace.groups) - 1) // 2
     if num_pairs > MAX_OVERLAPS:
         found.append(

@@ -52,6 +52,7 @@ from moetools.analysis import (
     Finding,
     Options,
     Picture,
+    State,
     each_trace,
     largest,
     layer_rows,
@@ -91,7 +92,7 @@ def columns(trace: TraceStore, options: Options) -> Sequence[str] | str:
     return [*ids, *(f"experts.{router.name}" for router in routers)]
 
 
-def limits(trace: TraceStore) -> Sequence[str]:
+def limits(trace: TraceStore, state: State) -> Sequence[str]:
     """Parts that the trace does not allow."""
     missing = []
     if len(trace.groups) < 2:

@@ -104,7 +104,8 @@ class Analysis:
         start: Makes an empty state.
         plots: Pictures of the finished table (of one or several traces).
         findings: Sentences for the summary, from the finished table of one trace.
-        limits: Sentences on what it leaves out for this trace, with the reason.
+        limits: From a trace and the state that has read it, sentences on what is left out, with
+            the reason.
         across: From the finished table of several traces, the rows that are about more than one
             of them; each names in `trace` the one that it belongs to.
     """
@@ -116,7 +117,7 @@ class Analysis:
     start: Callable[[TraceStore, Options], State]
     plots: Callable[[pd.DataFrame], Iterable[Picture]]
     findings: Callable[[pd.DataFrame], Iterable[Finding]]
-    limits: Callable[[TraceStore], Sequence[str]] = lambda trace: ()
+    limits: Callable[[TraceStore, Any], Sequence[str]] = lambda trace, state: ()
     across: Callable[[pd.DataFrame], pd.DataFrame | None] = lambda table: None
 
 
@@ -327,8 +328,6 @@ def run(
                     continue  # it only compares others with this trace
                 reasons.setdefault(name, {}).setdefault(needed, []).append(trace.name)
                 continue
-            limits = results.limits.get(name, ())
-            results.limits[name] = tuple(dict.fromkeys([*limits, *analysis.limits(trace)]))
             columns.update(needed)
             states[name] = analysis.start(trace, own)
         if columns:
@@ -338,6 +337,8 @@ def run(
                         state.update(batch)
                     meter.advance(batch.num_tokens)
         for name, state in states.items():
+            limits = [*results.limits.get(name, ()), *analyses[name].limits(trace, state)]
+            results.limits[name] = tuple(dict.fromkeys(limits))
             table = tidy([state.table()], trace=trace.name, step=trace.step)
             tables.setdefault(name, []).append(table)
     for name, found in reasons.items():

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetools.compiling import compiled
+from moetools.intervals import basic_interval
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
@@ -221,11 +222,31 @@ def disequilibrium_floor(
     return float(disequilibrium(quality, refitted, load).mean())
 
 
-def percentile_interval(replicates: Array) -> tuple[Floats, Floats]:
-    """95 % percentile interval over the first axis [B, ...]; NaN below two finite replicates.
+def bootstrap_interval(
+    value: Array | float, replicates: Array, *, bounds: tuple[float, float] = (0.0, LARGEST_GAMMA)
+) -> tuple[Floats, Floats]:
+    """95 % interval of a fit that has bounds: the basic bootstrap, percentiles at a bound.
 
-    For gamma, which has a boundary: it keeps the boundary inside when replicates fall on it.
+    Qualities that are themselves estimated push gamma up, and once more in every replicate: the
+    basic interval takes that back, percentiles would double it.
+
+    Args:
+        value: [...] the fit to the data.
+        replicates: [B, ...] fits to its replicates.
+        bounds: Of the fit.
+
+    Returns:
+        Lower and upper ends, [...]; NaN below two finite replicates.
     """
+    value = np.asarray(value, dtype=np.float64)
+    ends = basic_interval(value, replicates, bounds=bounds)
+    at_bound = (value <= bounds[0]) | (value >= bounds[1])
+    low, high = np.where(at_bound, percentile_interval(replicates), ends)
+    return low, high
+
+
+def percentile_interval(replicates: Array) -> tuple[Floats, Floats]:
+    """95 % percentile interval over the first axis [B, ...]; NaN below two finite replicates."""
     replicates = np.asarray(replicates, dtype=np.float64)
     finite = np.isfinite(replicates)
     enough = finite.sum(axis=0) >= 2

@@ -12,7 +12,7 @@ from moetools.analyses.congestion import (
     aux_loss_coefficient,
     tabulate,
 )
-from moetools.analysis import select, single
+from moetools.analysis import Options, select, single
 from moetools.congestion import equilibrium, fit_gamma, gamma_error, softmax
 from moetools.token_sample import TokenSample
 
@@ -209,7 +209,7 @@ def test_coefficient_of_the_config(tmp_path):
     assert aux_loss_coefficient({"ffn_config": {"moe_loss_weight": 0.05}, "x": 1}) == 0.05
     assert aux_loss_coefficient({"hidden_size": 8, "router_aux_loss_coef": None}) is None
     trace = planted_trace(tmp_path / "t", (4.0,), num_sequences=20, length=20)
-    assert "no coefficient" in " ".join(ANALYSIS.limits(trace))
+    assert "no coefficient" in " ".join(ANALYSIS.limits(trace, ANALYSIS.start(trace, Options())))
     trace.manifest = replace(trace.manifest, config={"router_aux_loss_coef": 0.5})
     results = run(trace)
     assert "no coefficient" not in " ".join(results.limits["congestion"])
@@ -224,7 +224,7 @@ def test_limits_name_what_to_keep(tmp_path, planted):
     plain = write_trace(
         tmp_path / "plain", {"00": top_k_of(probs, 2)}, [20] * 3, num_experts=4, probs={"00": probs}
     )
-    assert "--keep norms" in " ".join(ANALYSIS.limits(plain))
+    assert "--keep norms" in " ".join(ANALYSIS.limits(plain, ANALYSIS.start(plain, Options())))
     unknown = write_trace(tmp_path / "u", {"00": top_k_of(probs, 2)}, [20] * 3, num_experts=4)
     assert "scoring rule is known" in run(plain, unknown).skipped["congestion"]
 
@@ -421,3 +421,21 @@ def test_findings_say_what_gamma_is_not(planted):
     assert texts[0].startswith("gamma_eff (as defined by moetools) is ")
     assert "A frozen router has no congestion" in texts[0]
     assert any("adds nothing to a temperature" in text for text in texts)
+
+
+def test_phases_at_the_upper_bound_are_not_resolved():
+    """The second checkpoint prefers what it does not select: gamma is 2000."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for i, load in enumerate((equilibrium(QUALITY, 5.0), equilibrium(-QUALITY, 5.0))):
+        counts = rng.multinomial(4000, load, size=50).astype(float)
+        table = tabulate([layer_of(counts, QUALITY)], np.full(50, 4000))
+        assert single(table, "at_upper_bound", quality="q1") == i
+        parts.append(analysis.tidy([table], trace=f"step{i}", step=i))
+    table = pd.concat(parts, ignore_index=True)
+    table = analysis.typed([table, ANALYSIS.across(table)])
+    surge = row_of(table, "surge", quality="q1")
+    assert surge["low"] > 0
+    assert row_of(table, "surge_resolved", quality="q1")["value"] == 0
+    texts = [finding.text for finding in ANALYSIS.findings(table[table["trace"] == "step1"])]
+    assert any("upper bound in some layer" in text for text in texts)

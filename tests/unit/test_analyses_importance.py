@@ -182,7 +182,7 @@ def test_what_was_not_kept_is_said(tmp_path):
     assert {"reap", "ean_sum"} <= set(results.tables["importance"]["metric"])
     assert "max_output" not in set(results.tables["importance"]["metric"])
     trace, *_ = make(tmp_path / "all")
-    assert not ANALYSIS.limits(trace)
+    assert not ANALYSIS.limits(trace, ANALYSIS.start(trace, Options()))
 
 
 def test_pictures_show_scores_and_outliers(tmp_path):

@@ -220,7 +220,7 @@ def test_long_traces_are_sampled(routed, tmp_path, monkeypatch):
     # Slots times requests of one token: 6 * 2 + 6 * 2 + 8 * 3 = 48, and shared 20 * 7 = 140.
     monkeypatch.setattr(local_consistency, "MAX_STEPS", sum(LENGTHS) * 48 // 2)
     assert local_consistency.strides(trace) == (2, 6)
-    own, shared = local_consistency.ANALYSIS.limits(trace)
+    own, shared = local_consistency.limits(trace, local_consistency.start(trace, Options()))
     assert "sch_cache" in own
     assert "one sequence in 2" in own
     assert "one sequence in 6" in shared
