@@ -183,6 +183,26 @@ def shape(surge: int, plateau_resolved: bool, relaxation: int) -> Answer:
     )
 
 
+def over_all(table: pd.DataFrame) -> Answer:
+    """Whether the load is flatter at the end than at the start, by the temperature."""
+    said, clear = [], 0
+    for quality in QUALITIES:
+        temperature = by_step(table, "temperature", quality)
+        first, last = temperature.iloc[0], temperature.iloc[-1]
+        rises = last["low"] > first["high"]
+        clear += rises
+        word = "rises" if rises else "falls" if last["high"] < first["low"] else "not told apart"
+        said.append(f"{quality}: {spelled(first)} to {spelled(last)}, {word}")
+    return Answer(
+        question="Is the load flatter, against the qualities, at the end than at the start?",
+        verdict=verdict(clear, len(QUALITIES)),
+        numbers=(
+            "Temperature of the load, which unlike gamma_eff has no bound at 1, at the first and "
+            f"the last checkpoint: {'; '.join(said)}."
+        ),
+    )
+
+
 def balance(table: pd.DataFrame) -> Answer:
     """Whether B falls because the preferences even out."""
     b, b_q = by_step(table, "b_load"), by_step(table, "b_quality", "q1")
@@ -327,7 +347,7 @@ def answers(table: pd.DataFrame, traces: pd.DataFrame) -> list[Answer]:
     steady, is_steady = plateau(table)
     return [
         flatter(table), surge, steady, relaxation, shape(num_surge, is_steady, num_relaxation),
-        balance(table), agreement(table), game(table), types(traces), null(traces),
+        over_all(table), balance(table), agreement(table), game(table), types(traces), null(traces),
         explicit(table), scope(table),
     ]  # fmt: skip
 

@@ -118,6 +118,18 @@ def test_phases_are_resolved_only_where_intervals_separate(study, name, sign):
     assert verdict == {0: "not resolved", 4: "resolved"}.get(count, "in part")
 
 
+def test_ends_are_told_apart_by_their_intervals(study):
+    _, _, found, table, _ = study
+    verdict, numbers = answer(found, "at the end than at the start")
+    count = 0
+    for quality in QUALITIES:
+        temperature = by_step(table, "temperature", quality=quality)
+        rises = temperature["low"].iloc[-1] > temperature["high"].iloc[0]
+        count += rises
+        assert ("rises" in re.search(rf"{quality}: ([^;]+)", numbers)[1]) == rises
+    assert verdict == {0: "no", 4: "yes"}.get(count, "in part")
+
+
 def test_plateau_and_shape(study):
     _, _, found, table, _ = study
     b = by_step(table, "b_load")
