@@ -130,7 +130,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 NUM_BATCHES = 50
-SUMS = ("selections", "probs", "logprob", "gate", "contribution")
+SUMS = ("selections", "probs", "logprob", "gate", "contribution", "contributing")
 """What is added up over the tokens of a batch, by expert."""
 QUALITIES = {
     "q1": "log mean probability",
@@ -271,7 +271,7 @@ class CongestionState:
             router.name: {
                 name: np.zeros((NUM_BATCHES, router.num_experts))
                 for name in SUMS[1:]
-                if name != "contribution" or router.name in with_norms
+                if not name.startswith("contribut") or router.name in with_norms
             }
             for router in routers
         }
@@ -296,8 +296,11 @@ class CongestionState:
             weights = weights.astype(np.float32)
             sum_weights(ids, weights, batch.offsets, block, sums["gate"])
             if "contribution" in sums:
-                added = weights * batch.tokens[f"norms.{name}"]
-                sum_weights(ids, added, batch.offsets, block, sums["contribution"])
+                norms = batch.tokens[f"norms.{name}"]
+                measured = np.where(np.isfinite(norms), ids, router.dropped)
+                sum_weights(measured, weights * norms, batch.offsets, block, sums["contribution"])
+                ones = np.ones_like(weights)
+                sum_weights(measured, ones, batch.offsets, block, sums["contributing"])
             if name in self.samples:
                 self.samples[name].add(key, token_block, batch.tokens[f"logits.{name}"], ids)
 

@@ -278,6 +278,7 @@ def qualities(
     logprob: Array | None = None,
     gate: Array | None = None,
     contribution: Array | None = None,
+    contributing: Array | None = None,
 ) -> dict[str, Floats]:
     """Estimates of the experts' qualities from sums over tokens [..., E], centred.
 
@@ -287,6 +288,7 @@ def qualities(
         logprob: Sums of their logarithms.
         gate: Sums of routing weights over the tokens that selected the expert.
         contribution: The same of the norm of what it adds: weight times norm of its output.
+        contributing: How many selections that sum is over; all by default.
 
     Returns:
         `q1` log of the mean probability, `q2` mean log probability, `q3` log of the mean weight,
@@ -299,7 +301,8 @@ def qualities(
         if gate is not None:
             found["q3"] = np.log(gate / selections)
         if contribution is not None:
-            found["q4"] = np.log(contribution / selections)
+            counts = selections if contributing is None else contributing
+            found["q4"] = np.log(contribution / counts)
     return {name: centred(quality) for name, quality in found.items()}
 
 

@@ -182,6 +182,32 @@ def test_unused_experts_have_no_weight_and_are_dropped():
     assert single(table, "gamma_eff", quality="q3") == pytest.approx(9, rel=0.25)
 
 
+def test_contributions_of_sampled_tokens_are_enough(tmp_path):
+    """Norms of every third token give the same q4, over the selections that have one."""
+    rng = np.random.default_rng(0)
+    ids = rng.choice(E, size=(9000, 1), p=equilibrium(QUALITY, 9.0))
+    probs = np.tile(softmax(QUALITY), (9000, 1))
+    norms = np.exp(QUALITY)[ids]
+    sampled = np.where(np.arange(9000)[:, None] % 3 == 0, norms, np.nan)
+    found = [
+        run(
+            write_trace(
+                tmp_path / name,
+                {"00": ids},
+                [100] * 90,
+                num_experts=E,
+                probs={"00": probs},
+                weights={"00": np.ones((9000, 1))},
+                kept={"norms": {"00": kept}},
+            )
+        ).tables["congestion"]
+        for name, kept in (("whole", norms), ("sampled", sampled))
+    ]
+    whole, some = (row_of(table, "gamma_eff", quality="q4") for table in found)
+    assert some["value"] == pytest.approx(whole["value"], abs=0.01)
+    assert whole["value"] == pytest.approx(9, rel=0.2)
+
+
 def test_equal_weights_tell_no_gamma():
     counts = np.random.default_rng(0).multinomial(500, softmax(QUALITY), size=50).astype(float)
     table = tabulate([layer_of(counts, QUALITY, gate=counts)], np.full(50, 500))
