@@ -121,7 +121,7 @@ from moetools.congestion import (
 from moetools.congestion_types import TypeSums, clustered, compare_types, half_of
 from moetools.expert_counts import count_selections, sum_weights
 from moetools.intervals import Scope, block_of, jackknife_interval, replicate_weights
-from moetools.token_sample import TokenSample, token_keys
+from moetools.token_sample import TokenSample, token_places
 from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
 if TYPE_CHECKING:
@@ -284,8 +284,7 @@ class CongestionState:
         block = block_of(batch.sequence, NUM_BATCHES)
         np.add.at(self.num_tokens, block, batch.lengths)
         if self.samples:
-            token_block = np.repeat(block, batch.lengths)
-            key = token_keys(batch)
+            places = token_places(batch)
         for router in self.routers:
             name, sums = router.name, self.sums[router.name]
             ids, weights = batch.tokens[f"experts.{name}"], batch.tokens[f"weights.{name}"]
@@ -302,7 +301,9 @@ class CongestionState:
                 ones = np.ones_like(weights)
                 sum_weights(measured, ones, batch.offsets, block, sums["contributing"])
             if name in self.samples:
-                self.samples[name].add(key, token_block, batch.tokens[f"logits.{name}"], ids)
+                logits = batch.tokens[f"logits.{name}"]
+                kept = np.isfinite(logits[:, 0])
+                self.samples[name].add(*places, {"logits": logits, "ids": ids}, kept)
 
     def merge(self, other: Self) -> None:
         """Add another part."""
@@ -622,15 +623,16 @@ def null_sums(layer: LayerSums, num_batches: int, seed: int) -> tuple[Floats, Fl
 
     assert layer.sample is not None
     assert layer.rule is not None
-    _, batch, logits, _ = layer.sample.tokens()
+    tokens = layer.sample.tokens()
+    batch, logits = block_of(tokens["sequence"], NUM_BATCHES), tokens["logits"]
     order = np.argsort(batch, kind="stable")
     batch, logits = batch[order], logits[order]
     size = np.bincount(batch, minlength=num_batches)
     first = np.cumsum(size) - size
     counts = np.zeros((num_batches, layer.num_experts))
     probs = np.zeros_like(counts)
-    tokens = torch.from_numpy(logits)
-    np.add.at(probs, batch, layer.rule.probabilities(tokens).double().numpy())
+    sampled = layer.rule.probabilities(torch.from_numpy(logits))
+    np.add.at(probs, batch, sampled.double().numpy())
     rng = np.random.default_rng([seed, layer.layer])
     for _ in range(NULL_ROUNDS):
         drawn = (rng.random(logits.shape) * size[batch][:, None]).astype(np.int64)
@@ -669,12 +671,19 @@ def layer_types(layer: LayerSums, num_batches: int, seed: int) -> list[TypeSums]
 
     if not layer.sample or layer.rule is None:
         return []
-    _, batch, logits, ids = layer.sample.tokens()
+    tokens = layer.sample.tokens()
+    batch, logits = block_of(tokens["sequence"], NUM_BATCHES), tokens["logits"]
     probs = layer.rule.probabilities(torch.from_numpy(logits)).double().numpy()
     features = logits - logits.mean(axis=1, keepdims=True)
     return [
         clustered(
-            features, batch, probs, ids, num_types=num_types, num_batches=num_batches, seed=seed
+            features,
+            batch,
+            probs,
+            tokens["ids"],
+            num_types=num_types,
+            num_batches=num_batches,
+            seed=seed,
         )
         for num_types in TYPES
         if num_types * TOKENS_OF_TYPE <= len(logits)

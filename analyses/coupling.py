@@ -68,9 +68,10 @@ from moetools.analysis import (
     select,
     stacked,
 )
-from moetools.coupling import Centroids, Draws, Statistic, TokenSample
+from moetools.coupling import Centroids, Draws, Statistic
 from moetools.errors import ArchitectureError
 from moetools.intervals import basic_interval
+from moetools.token_sample import TokenSample, token_places
 from moetools.trace_store import TraceBatch, TracedRouter, TraceStore
 
 if TYPE_CHECKING:
@@ -176,8 +177,7 @@ class CouplingState:
             for family in ("inputs", "experts")
         }
         kept = ~np.isnan(values[f"inputs.{self.sampled[0]}"][:, 0])
-        position = np.arange(batch.num_tokens) - np.repeat(batch.offsets[:-1], batch.lengths)
-        self.sample.add(np.repeat(batch.sequence, batch.lengths), position, values, kept)
+        self.sample.add(*token_places(batch), values, kept)
 
     def merge(self, other: Self) -> None:
         """Add another part."""

@@ -1,75 +1,93 @@
 """A sample of a trace's tokens that does not depend on how the trace is cut."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moetools.intervals import block_of
 from moetools.trace_store import TraceBatch
 
 
-def token_keys(batch: TraceBatch) -> NDArray[np.uint64]:
-    """[T] hash of each token's sequence and position."""
+def token_places(batch: TraceBatch) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """[T] number of each token's sequence, and [T] its position there."""
     position = np.arange(batch.num_tokens) - np.repeat(batch.offsets[:-1], batch.lengths)
-    x = np.repeat(batch.sequence.astype(np.uint64), batch.lengths) << np.uint64(32)
-    x = (x | position.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+    return np.repeat(batch.sequence, batch.lengths), position
 
 
 class TokenSample:
-    """Tokens of one router with logits: those with the smallest hashes.
+    """A bounded random sample of tokens: those whose sequence and position hash lowest.
+
+    It does not depend on how the tokens were cut into batches and parts, nor on their order.
 
     Args:
-        size: Tokens that are kept.
+        limit: Tokens kept at most.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._parts: list[tuple[NDArray[Any], ...]] = []
-        self._num_tokens = 0
-        self._limit = np.iinfo(np.uint64).max
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._bound = np.iinfo(np.int64).max
+        self._parts: list[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]] = []
 
     def add(
         self,
-        key: NDArray[np.uint64],
-        batch: NDArray[np.int64],
-        logits: NDArray[np.float32],
-        ids: NDArray[Any],
+        sequence: NDArray[Any],
+        position: NDArray[Any],
+        columns: Mapping[str, NDArray[Any]],
+        kept: NDArray[np.bool_],
     ) -> None:
-        """Take in tokens; those without logits are left out.
+        """Offer tokens.
 
         Args:
-            key: [T] hashes.
-            batch: [T] batch of each token.
-            logits: [T, E].
-            ids: [T, K] selected experts.
+            sequence: [T] number of each token's sequence.
+            position: [T] its position there.
+            columns: What to keep of a token: [T, ...] by name.
+            kept: [T] tokens that may be drawn.
         """
-        kept = np.flatnonzero(key <= self._limit)
-        kept = kept[np.isfinite(logits[kept, 0])]
-        if len(kept) > self.size:
-            kept = kept[np.argpartition(key[kept], self.size)[: self.size]]
-        self._take(key[kept], batch[kept], logits[kept], ids[kept])
+        rows = np.flatnonzero(kept)
+        token = (sequence[rows].astype(np.uint64) << np.uint64(32)) + position[rows].astype(
+            np.uint64
+        )
+        keys = block_of(token, 1 << 62)
+        chosen = keys < self._bound
+        rows, keys = rows[chosen], keys[chosen]
+        if len(rows) > self.limit:
+            best = np.argpartition(keys, self.limit - 1)[: self.limit]
+            rows, keys = rows[best], keys[best]
+        values = {name: column[rows] for name, column in columns.items()}
+        values |= {"sequence": sequence[rows], "position": position[rows]}
+        self._append(keys, values)
 
     def merge(self, other: Self) -> None:
-        """Add the tokens of another part."""
-        if other._parts:
-            self._take(*other.tokens())
-
-    def tokens(self) -> tuple[NDArray[Any], ...]:
-        """Keys [n], batches [n], logits [n, E] and selections [n, K], in the order of the keys."""
-        columns = [np.concatenate(column) for column in zip(*self._parts, strict=True)]
-        order = np.argsort(columns[0], kind="stable")[: self.size]
-        return tuple(column[order] for column in columns)
+        """Add the sample of another part of the same trace."""
+        for keys, values in other._parts:
+            self._append(keys, values)
 
     def __len__(self) -> int:
-        return min(self._num_tokens, self.size)
+        return min(self.limit, sum(len(keys) for keys, _ in self._parts))
 
-    def _take(self, *part: NDArray[Any]) -> None:
-        self._parts.append(part)
-        self._num_tokens += len(part[0])
-        if self._num_tokens > 2 * self.size:
-            self._parts = [self.tokens()]
-            self._num_tokens = len(self._parts[0][0])
-            self._limit = self._parts[0][0][-1]
+    def tokens(self) -> dict[str, NDArray[Any]]:
+        """The columns of the sampled tokens, lowest hash first; also `sequence`, `position`."""
+        self._shrink()
+        return self._parts[0][1] if self._parts else {}
+
+    def _append(self, keys: NDArray[np.int64], values: dict[str, NDArray[Any]]) -> None:
+        if len(keys):
+            self._parts.append((keys, values))
+        if sum(len(of_part) for of_part, _ in self._parts) > 2 * self.limit:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        if not self._parts:
+            return
+        keys = np.concatenate([keys for keys, _ in self._parts])
+        order = np.argsort(keys, kind="stable")[: self.limit]
+        names = self._parts[0][1]
+        joined = {
+            name: np.concatenate([values[name] for _, values in self._parts])[order]
+            for name in names
+        }
+        self._parts = [(keys[order], joined)]
+        if len(order) == self.limit:
+            self._bound = int(keys[order[-1]])

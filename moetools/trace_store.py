@@ -152,9 +152,7 @@ def token_schema(manifest: TraceManifest) -> pa.Schema:
         if router.rule is not None:
             columns.append(pa.field(f"margin.{router.name}", pa.float16()))
         columns += [
-            pa.field(f"{name}.{router.name}", kept[name](router))
-            for name in kept
-            if name in wanted
+            pa.field(f"{name}.{router.name}", kept[name](router)) for name in kept if name in wanted
         ]
     if "predictions" in manifest.keep:
         columns.append(pa.field("predictions", pa.int32()))

@@ -64,9 +64,7 @@ def _substitutability(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylim(LOWEST_SHOWN - 0.05, 1.2)
     axes.set_xlabel("layer")
     axes.set_ylabel("substitutability")
-    axes.set_title(
-        "Where skipping hurts. 1: as good as the router's choice, 0: as bad as skipping"
-    )
+    axes.set_title("Where skipping hurts. 1: as good as the router's choice, 0: as bad as skipping")
 
 
 def _draw(axes: Axes, rows: pd.DataFrame, names: tuple[str, ...], lowest: float = -np.inf) -> None:

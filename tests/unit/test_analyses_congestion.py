@@ -14,7 +14,6 @@ from moetools.analyses.congestion import (
 )
 from moetools.analysis import Options, select, single
 from moetools.congestion import equilibrium, fit_gamma, gamma_error, softmax
-from moetools.token_sample import TokenSample
 
 E = 16
 QUALITY = np.random.default_rng(7).normal(0, 0.7, E)
@@ -328,32 +327,6 @@ def test_biased_rules_have_no_null(tmp_path):
     metrics = set(results.tables["congestion"]["metric"])
     assert "gamma_null" not in metrics
     assert "types_gain" in metrics
-
-
-def test_sample_is_that_of_the_smallest_hashes():
-    rng = np.random.default_rng(0)
-    key = rng.permutation(1000).astype(np.uint64)
-    logits = rng.normal(size=(1000, 3)).astype(np.float32)
-    logits[key % 7 == 0] = np.nan
-    batch, ids = rng.integers(0, 5, 1000), rng.integers(0, 3, (1000, 2))
-    wanted = [k for k in range(1000) if k % 7][:64]
-    whole, parts = TokenSample(64), TokenSample(64)
-    whole.add(key, batch, logits, ids)
-    for rows in np.array_split(rng.permutation(1000), 13):
-        part = TokenSample(64)
-        for some in np.array_split(rows, 3):
-            part.add(key[some], batch[some], logits[some], ids[some])
-        parts.merge(part)
-    for sample in (whole, parts):
-        found = sample.tokens()
-        assert found[0].tolist() == wanted
-        place = np.argsort(key)[wanted]
-        np.testing.assert_array_equal(found[2], logits[place])
-        np.testing.assert_array_equal(found[3], ids[place])
-    assert len(whole) == len(parts) == 64
-    empty = TokenSample(64)
-    empty.merge(TokenSample(64))
-    assert len(empty) == 0
 
 
 def trajectory(gammas, *, scale=None, selections=4000, layers=3):
