@@ -3,6 +3,7 @@
 import errno
 import functools
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -77,6 +78,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         3 a difference, where a command was asked for that; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # Threads that spin while they wait make two of them crawl on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = build_app()(args=arguments, standalone_mode=False, prog_name="moetools")
     except KeyboardInterrupt:
