@@ -192,9 +192,8 @@ class CouplingState:
             for router, layer in read_layers(self.model, self.routers):
                 parts += self._layer(router, layer, found)
                 meter.advance(router.num_experts)
-        for of_layers in found.values():
-            parts += statistic_rows(of_layers)
-        return stacked(with_model(parts))
+        statistics = (row for of_layers in found.values() for row in statistic_rows(of_layers))
+        return stacked(with_model([*statistics, *parts]))
 
     def _layer(
         self,
@@ -541,8 +540,8 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
     silent = [each for each in found if each.outside == 0]
     if silent and telling:
         yield Finding(
-            text=f"Not to be read, chance does nearly as well: {'. '.join(map(str, silent))}.",
-            weight=0.5,
+            text=f"Tells nothing here, chance does as well: {'. '.join(map(str, silent))}.",
+            weight=0.3,
             metric=silent[0].metric,
         )
     yield from erc_findings(table)

@@ -1006,8 +1006,8 @@ def language_findings(table: pd.DataFrame) -> Iterator[Finding]:
         text += f"; halves of one text differ by {floor:.3f}"
     if np.isfinite(ratio["value"]):
         text += (
-            f". On the scale from these (0) to different texts (1) the languages are at "
-            f"{interval(ratio, 2)}"
+            ". Beyond that noise, another language counts "
+            f"{interval(ratio, 1)} times as much as another text of the reference"
         )
     distance = float(ratio["value"]) if np.isfinite(ratio["value"]) else 0.0
     yield Finding(
