@@ -90,7 +90,7 @@ def limits(trace: TraceStore, state: State) -> Sequence[str]:
 
 
 class CoActivationState:
-    """Counts of pairs per block of sequences."""
+    """Counts of pairs per block of texts."""
 
     def __init__(self, routers: Sequence[TracedRouter]) -> None:
         self.routers = routers
@@ -111,7 +111,7 @@ class CoActivationState:
 
     def update(self, batch: TraceBatch) -> None:
         """Count the pairs of whole sequences."""
-        block = block_of(batch.sequence, self.num_blocks)
+        block = block_of(batch.text, self.num_blocks)
         np.add.at(self.num_tokens, block, batch.lengths)
         ids = [batch.tokens[f"experts.{router.name}"] for router in self.routers]
         for selected, pairs in zip(ids, self.pairs, strict=True):
@@ -215,7 +215,7 @@ class CoActivationState:
 
 
 def num_blocks(routers: Sequence[TracedRouter]) -> int:
-    """Blocks of sequences: at most 20, fewer so that a table a block stays in `MAX_ENTRIES`."""
+    """Blocks of texts: at most 20, fewer so that a table a block stays in `MAX_ENTRIES`."""
     entries = sum(router.num_experts**2 for router in routers)
     return int(np.clip(MAX_ENTRIES // entries, 5, MAX_BLOCKS))
 

@@ -72,7 +72,7 @@ class CollinearityState:
 
     def update(self, batch: TraceBatch) -> None:
         """Add whole sequences."""
-        cell = np.repeat(self.cells.add(batch.sequence, batch.group, batch.lengths), batch.lengths)
+        cell = np.repeat(self.cells.add(batch.text, batch.group, batch.lengths), batch.lengths)
         for i, router in enumerate(self.routers):
             values = batch.tokens[f"collinearity.{router.name}"]
             there = np.isfinite(values)

@@ -281,10 +281,10 @@ class CongestionState:
 
     def update(self, batch: TraceBatch) -> None:
         """Add whole sequences."""
-        block = block_of(batch.sequence, NUM_BATCHES)
+        block = block_of(batch.text, NUM_BATCHES)
         np.add.at(self.num_tokens, block, batch.lengths)
         if self.samples:
-            places = token_places(batch)
+            places, text = token_places(batch), np.repeat(batch.text, batch.lengths)
         for router in self.routers:
             name, sums = router.name, self.sums[router.name]
             ids, weights = batch.tokens[f"experts.{name}"], batch.tokens[f"weights.{name}"]
@@ -303,7 +303,8 @@ class CongestionState:
             if name in self.samples:
                 logits = batch.tokens[f"logits.{name}"]
                 kept = np.isfinite(logits[:, 0])
-                self.samples[name].add(*places, {"logits": logits, "ids": ids}, kept)
+                values = {"logits": logits, "ids": ids, "text": text}
+                self.samples[name].add(*places, values, kept)
 
     def merge(self, other: Self) -> None:
         """Add another part."""
@@ -624,7 +625,7 @@ def null_sums(layer: LayerSums, num_batches: int, seed: int) -> tuple[Floats, Fl
     assert layer.sample is not None
     assert layer.rule is not None
     tokens = layer.sample.tokens()
-    batch, logits = block_of(tokens["sequence"], NUM_BATCHES), tokens["logits"]
+    batch, logits = block_of(tokens["text"], NUM_BATCHES), tokens["logits"]
     order = np.argsort(batch, kind="stable")
     batch, logits = batch[order], logits[order]
     size = np.bincount(batch, minlength=num_batches)
@@ -672,7 +673,7 @@ def layer_types(layer: LayerSums, num_batches: int, seed: int) -> list[TypeSums]
     if not layer.sample or layer.rule is None:
         return []
     tokens = layer.sample.tokens()
-    batch, logits = block_of(tokens["sequence"], NUM_BATCHES), tokens["logits"]
+    batch, logits = block_of(tokens["text"], NUM_BATCHES), tokens["logits"]
     probs = layer.rule.probabilities(torch.from_numpy(logits)).double().numpy()
     features = logits - logits.mean(axis=1, keepdims=True)
     return [

@@ -36,7 +36,7 @@ numbers; `centred` has the mean row removed and is the one to read, `raw` has no
 have no such freedom and are `raw` only. `tokens`: `all`, or `not_first`, without the first token of
 each sequence, whose vectors are often huge. Layer scope, and the model as the mean over layers.
 Weights alone have no sampling error, hence no interval, and `num_tokens` 0; numbers on tokens have
-one over sequences.
+one over texts.
 
 What would fool you: a number without its null. The two `centroid_` metrics compare the router with
 its own selections and beat their null for every router that is a linear map; they say how well
@@ -177,6 +177,7 @@ class CouplingState:
             for family in ("inputs", "experts")
         }
         kept = ~np.isnan(values[f"inputs.{self.sampled[0]}"][:, 0])
+        values["text"] = np.repeat(batch.text, batch.lengths)
         self.sample.add(*token_places(batch), values, kept)
 
     def merge(self, other: Self) -> None:
@@ -255,18 +256,18 @@ class CouplingState:
         orders = coupling.permutations(len(kept), seed=seed)
         chosen = coupling.selected(index, len(kept))
         for which, mask in sample_variants(sample["position"]):
-            sequence, first = sample["sequence"][mask], mask[:size]
-            bootstrap = Draws.of(sequence, seed=self.options.seed)
-            centroids = Centroids.of(inputs[mask], chosen[mask], sequence, seed=self.options.seed)
+            text, first = sample["text"][mask], mask[:size]
+            bootstrap = Draws.of(text, seed=self.options.seed)
+            centroids = Centroids.of(inputs[mask], chosen[mask], text, seed=self.options.seed)
             for each in (
                 *coupling.agreement_statistics(
                     {gauge: values[first] for gauge, values in scores.items()},
                     {name: values[first] for name, values in answers.items()},
                     chosen[:size][first],
-                    Draws.of(sample["sequence"][:size][first], seed=self.options.seed),
+                    Draws.of(sample["text"][:size][first], seed=self.options.seed),
                     orders,
                 ),
-                *coupling.centroid_alignment(router_rows, centroids, len(sequence), seed),
+                *coupling.centroid_alignment(router_rows, centroids, len(text), seed),
                 *coupling.centroid_overlap(inputs[mask], index[mask], centroids, bootstrap, seed),
             ):
                 yield replace(each, parameters={**each.parameters, "tokens": which})

@@ -163,8 +163,8 @@ class DriftState:
     def update(self, batch: TraceBatch) -> None:
         """Add whole sequences, and the same ones of the reference."""
         pair = self.reader.matching(batch)
-        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
-        block = self.blocks.add(batch.sequence, np.full_like(batch.group, -1), batch.lengths)
+        cell = self.cells.add(batch.text, batch.group, batch.lengths)
+        block = self.blocks.add(batch.text, np.full_like(batch.group, -1), batch.lengths)
         for router in self.routers:
             name, num_experts = router.name, router.num_experts
             ids_a, ids_b = (each.tokens[f"experts.{name}"] for each in (pair, batch))

@@ -100,7 +100,7 @@ class EntropyState:
 
     def update(self, batch: TraceBatch) -> None:
         """Add whole sequences."""
-        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        cell = self.cells.add(batch.text, batch.group, batch.lengths)
         for router in self.routers:
             name = router.name
             count_selections(

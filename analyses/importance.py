@@ -24,7 +24,7 @@ output of another size. The unit of lengths and channels is that of the hidden s
 - `score_gini`: inequality of a `score` within a layer, 0 if all experts have the same.
 - `num_covering`: the fewest experts that receive a `share` of 0.5, 0.9, 0.99 of the selections.
 
-Intervals are over sequences; single experts have them with `--expert-intervals`, largest outputs
+Intervals are over texts; single experts have them with `--expert-intervals`, largest outputs
 none. Scores of few tokens are noisy, which lowers correlations; the interval allows for that and
 may lie above the number. Feed-forward routers only.
 
@@ -121,7 +121,7 @@ def start(trace: TraceStore, options: Options) -> "ImportanceState":
 
 
 class ImportanceState:
-    """Per block of sequences: sums and largest outputs of every expert."""
+    """Per block of texts: sums and largest outputs of every expert."""
 
     def __init__(self, trace: TraceStore, options: Options) -> None:
         self.routers, self.options = mlp_routers(trace), options
@@ -139,7 +139,7 @@ class ImportanceState:
 
     def update(self, batch: TraceBatch) -> None:
         """Add whole sequences."""
-        cell = self.cells.add(batch.sequence, np.full_like(batch.group, -1), batch.lengths)
+        cell = self.cells.add(batch.text, np.full_like(batch.group, -1), batch.lengths)
         for router in self.routers:
             name = router.name
             ids = batch.tokens[f"experts.{name}"]

@@ -11,7 +11,7 @@ layer):
 - `num_dead_experts`: never selected in these tokens. `num_cold_experts`: less than a tenth of the
   mean share, dead ones included. Counts, without interval.
 - `load_cv_floor`, `load_gini_floor`: what a router that selects at random would show with as many
-  independent tokens. `load_cv_noise`: the same from the differences between blocks of sequences,
+  independent tokens. `load_cv_noise`: the same from the differences between blocks of texts,
   hence with the likeness of tokens in one text. A `load_cv` near these says nothing.
 - `load_balance` (model and group): 100 times the standard deviation (ddof 1) of the activation
   frequency over all layers and experts.
@@ -89,7 +89,7 @@ class LoadState:
 
     def update(self, batch: TraceBatch) -> None:
         """Count the selections of whole sequences."""
-        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        cell = self.cells.add(batch.text, batch.group, batch.lengths)
         group = cell // self.cells.num_blocks
         for router in self.routers:
             ids = batch.tokens[f"experts.{router.name}"]

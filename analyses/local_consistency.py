@@ -215,9 +215,9 @@ class ConsistencyState:
 
     def update(self, batch: TraceBatch) -> None:
         """Take in whole sequences; routers and caches are worked on in threads."""
-        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        cell = self.cells.add(batch.text, batch.group, batch.lengths)
         stratum = cell // self.cells.num_blocks
-        block = block_of(batch.sequence, self.num_expert_blocks)
+        block = block_of(batch.text, self.num_expert_blocks)
         self.expert_blocks[block] = True
         for i, window in enumerate(WINDOWS):
             np.add.at(

@@ -7,7 +7,7 @@ of the group's tokens that select it.
   (ddof 1) over groups of the frequency, over its mean; groups where it is at most 1e-5 are left
   out, an expert with fewer than two others is too. 0 for an expert used alike everywhere.
 - `domain_specialization_floor`: what the same would be without any preference, from the spread
-  between blocks of sequences within each group.
+  between blocks of texts within each group.
 - `group_information` (`layer`, `model`; nats): mutual information of the group and the selected
   expert, groups weighted by their tokens. `group_information_floor`: its expectation without any
   preference, from the same spread.
@@ -32,7 +32,7 @@ out. An id's owner is the expert chosen most often for it, its purity that exper
 - `vocabulary_fraction` (`layer`): only where the vocabulary was too large to count: the share of
   ids that were.
 
-Intervals by bootstrap over blocks of sequences; the vocabulary and SRP have none. Feed-forward
+Intervals by bootstrap over blocks of texts; the vocabulary and SRP have none. Feed-forward
 routers only.
 
 What would fool you: groups with few texts differ in topic, not only in what names them; the floors
@@ -136,7 +136,7 @@ class SpecializationState:
 
     def update(self, batch: TraceBatch) -> None:
         """Count whole sequences."""
-        cell = self.cells.add(batch.sequence, batch.group, batch.lengths)
+        cell = self.cells.add(batch.text, batch.group, batch.lengths)
         stratum = cell // self.cells.num_blocks
         token_id = batch.tokens["token_id"]
         following = np.append(token_id[1:], -1)

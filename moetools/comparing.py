@@ -558,7 +558,9 @@ class _Comparison:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         group = [self.sequences[number].group for number in batch]
         index = np.array([-1 if g is None else self.groups[g] for g in group], dtype=np.int32)
-        cell = self.cells.add(np.array(batch, dtype=np.int32), index, lengths)
+        texts = [self.sequences[number].text for number in batch]
+        units = [n if text is None else text for n, text in zip(batch, texts, strict=True)]
+        cell = self.cells.add(np.array(units, dtype=np.int32), index, lengths)
         self.drift.on = True
         routings_a = self.a.run(token_ids)
         self.drift.on = False

@@ -30,7 +30,7 @@ EXACT_SIZE = 512
 OVERSAMPLED = 16
 POWER_ITERATIONS = 4
 NUM_FOLDS = 20
-"""Parts of the sequences whose means are kept apart."""
+"""Parts of the texts whose means are kept apart."""
 
 Array = NDArray[np.float64]
 
@@ -288,7 +288,7 @@ class Statistic:
         metric: Its name.
         draws: [1 + B] the number, then the same with the experts dealt to the rows at random.
         less: Coupling makes it smaller.
-        replicates: [R] bootstrap replicates over sequences; empty for weights.
+        replicates: [R] bootstrap replicates over texts; empty for weights.
         num_tokens: Tokens that it rests on; 0 for weights.
         parameters: What it is computed from, where there is a choice.
     """
@@ -347,10 +347,10 @@ def weight_statistics(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Draws:
-    """Bootstrap draws of whole sequences, for some tokens.
+    """Bootstrap draws of whole texts, for some tokens.
 
     Attributes:
-        block: [N] block of sequences that each token belongs to.
+        block: [N] block of texts that each token belongs to.
         weights: [1 + R, number of blocks] how often a block counts: once, then in every draw.
     """
 
@@ -358,9 +358,9 @@ class Draws:
     weights: Array
 
     @classmethod
-    def of(cls, sequence: NDArray[Any], *, seed: int) -> "Draws":
-        """Draws of the blocks that these sequences fall in; NaN where they are fewer than two."""
-        block = block_of(sequence, NUM_BLOCKS)
+    def of(cls, text: NDArray[Any], *, seed: int) -> "Draws":
+        """Draws of the blocks that these texts fall in; NaN where they are fewer than two."""
+        block = block_of(text, NUM_BLOCKS)
         drawn = replicate_weights(np.bincount(block, minlength=NUM_BLOCKS) > 0, seed=seed)
         weights = np.vstack([np.ones(NUM_BLOCKS), drawn])
         return cls(block=block, weights=weights)
@@ -442,7 +442,7 @@ def drawn_correlations(bootstrap: Draws, parts: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Centroids:
-    """Sums of the inputs that select each expert, in folds of the sequences.
+    """Sums of the inputs that select each expert, in folds of the texts.
 
     Attributes:
         fold: [N] fold of each token.
@@ -455,9 +455,9 @@ class Centroids:
     weights: Array
 
     @classmethod
-    def of(cls, inputs: Array, chosen: Array, sequence: NDArray[Any], *, seed: int) -> "Centroids":
-        """Sum inputs [N, d] over selections [N, E], by the fold of each token's sequence [N]."""
-        fold = block_of(sequence, NUM_FOLDS)
+    def of(cls, inputs: Array, chosen: Array, text: NDArray[Any], *, seed: int) -> "Centroids":
+        """Sum inputs [N, d] over selections [N, E], by the fold of each token's text [N]."""
+        fold = block_of(text, NUM_FOLDS)
         sums = np.stack([chosen[fold == b].T @ inputs[fold == b] for b in range(NUM_FOLDS)])
         drawn = replicate_weights(np.bincount(fold, minlength=NUM_FOLDS) > 0, seed=seed)
         return cls(fold=fold, sums=sums, weights=np.vstack([np.ones(NUM_FOLDS), drawn]))
@@ -511,7 +511,7 @@ def centroid_overlap(
 ) -> Iterator[Statistic]:
     """How much of a token's selection lies among the experts with the nearest means.
 
-    Each token is held against means over the other half of the sequences; nothing where one half
+    Each token is held against means over the other half of the texts; nothing where one half
     is empty.
 
     Args:

@@ -1,12 +1,12 @@
-"""Intervals that resample blocks of whole sequences, in bounded memory.
+"""Intervals that resample blocks of whole texts, in bounded memory.
 
-Every sequence belongs to one block. An analysis keeps its additive sums per block; a bootstrap
-replicate draws blocks with replacement and adds their sums up, and the statistic is computed on
-each replicate. Groups are strata: blocks are drawn within their group, so that every replicate
-has the trace's mix of groups.
+Every text, with all sequences that it was cut into, belongs to one block. An analysis keeps its
+additive sums per block; a bootstrap replicate draws blocks with replacement and adds their sums
+up, and the statistic is computed on each replicate. Groups are strata: blocks are drawn within
+their group, so that every replicate has the trace's mix of groups.
 
 With fewer than two blocks there is nothing to resample and the interval is NaN. With fewer than
-about 20 sequences the intervals are too narrow.
+about 20 texts the intervals are too narrow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ MAX_CELLS = 1000
 MIN_BLOCKS_OF_GROUP = 20
 
 
-def block_of(sequence: NDArray[np.integer[Any]], num_blocks: int = NUM_BLOCKS) -> NDArray[np.int64]:
-    """[S] block of each sequence: a hash of its number, so that order and length play no part."""
+def block_of(text: NDArray[np.integer[Any]], num_blocks: int = NUM_BLOCKS) -> NDArray[np.int64]:
+    """[S] block of each text: a hash of its number, so that order and length play no part."""
     with np.errstate(over="ignore"):
-        x = sequence.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        x = text.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((x ^ (x >> np.uint64(31))) % np.uint64(num_blocks)).astype(np.int64)
@@ -37,7 +37,7 @@ def replicate_weights(
     """How often each block is drawn in each replicate.
 
     Args:
-        occupied: [..., N] whether a block holds any sequence; empty ones are never drawn. Each
+        occupied: [..., N] whether a block holds any text; empty ones are never drawn. Each
             row is a stratum of its own.
         seed: Seed of the draws.
         num_replicates: Number of replicates B.
@@ -167,14 +167,14 @@ class Cells:
 
     def add(
         self,
-        sequence: NDArray[np.int32],
+        text: NDArray[np.int32],
         group: NDArray[np.int32],
         lengths: NDArray[np.int64],
     ) -> NDArray[np.int64]:
         """Count the tokens of some sequences.
 
         Args:
-            sequence: [S] numbers of the sequences.
+            text: [S] numbers of the texts that the sequences were cut from.
             group: [S] index of each one's group, -1 without.
             lengths: [S] tokens of each.
 
@@ -182,7 +182,7 @@ class Cells:
             [S] the cell of each sequence.
         """
         stratum = np.where(group < 0, len(self.groups), group).astype(np.int64)
-        cell = stratum * self.num_blocks + block_of(sequence, self.num_blocks)
+        cell = stratum * self.num_blocks + block_of(text, self.num_blocks)
         np.add.at(self.num_tokens, cell, lengths)
         return cell
 

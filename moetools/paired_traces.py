@@ -221,6 +221,7 @@ def _chosen(batch: TraceBatch, index: NDArray[np.intp]) -> TraceBatch:
     return TraceBatch(
         offsets=np.concatenate([[0], np.cumsum(batch.lengths[sequences])]),
         sequence=batch.sequence[sequences],
+        text=batch.text[sequences],
         group=batch.group[sequences],
         tokens={name: column[tokens] for name, column in batch.tokens.items()},
         sequences={name: column[sequences] for name, column in batch.sequences.items()},
@@ -233,6 +234,7 @@ def _joined(pieces: list[TraceBatch]) -> TraceBatch:
     return TraceBatch(
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         sequence=np.concatenate([piece.sequence for piece in pieces]),
+        text=np.concatenate([piece.text for piece in pieces]),
         group=np.concatenate([piece.group for piece in pieces]),
         tokens={
             name: np.concatenate([piece.tokens[name] for piece in pieces]) for name in first.tokens

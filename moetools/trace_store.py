@@ -30,7 +30,7 @@ ROW_GROUP_BYTES = 48 << 20
 ROW_GROUP_TOKENS = 1 << 16
 ZSTD_LEVEL = 3
 TOKEN_COLUMNS = ("sequence", "position", "token_id", "phase")
-SEQUENCE_COLUMNS = ("sequence", "id", "group", "num_tokens")
+SEQUENCE_COLUMNS = ("sequence", "text", "id", "group", "num_tokens")
 OUTPUT_STATISTICS = ("norms", "peaks", "shares", "collinearity")
 """What `--keep outputs` records of the experts' outputs; `--keep norms` records the first alone."""
 TOKEN_FAMILIES = (
@@ -163,6 +163,7 @@ def sequence_schema(manifest: TraceManifest) -> pa.Schema:
     """Columns of the sequence table; per router the mean over the sequence's tokens."""
     columns = [
         pa.field("sequence", pa.int32()),
+        pa.field("text", pa.int32()),
         pa.field("id", pa.string()),
         pa.field("group", pa.string()),
         pa.field("num_tokens", pa.int32()),
@@ -289,6 +290,8 @@ class TraceBatch:
     Attributes:
         offsets: [S + 1] int64; tokens of the i-th sequence are `offsets[i]:offsets[i + 1]`.
         sequence: [S] int32, number of each sequence.
+        text: [S] int32, number of the text that it was cut from: what is independent of what.
+            Its own number where texts were packed.
         group: [S] int32, index into the manifest's groups, -1 without a group.
         tokens: Token columns by name: [T] or [T, N]. Dropped selections read as
             `TracedRouter.dropped`, other nulls as NaN (floats) or -1 (integers).
@@ -297,6 +300,7 @@ class TraceBatch:
 
     offsets: NDArray[np.int64]
     sequence: NDArray[np.int32]
+    text: NDArray[np.int32]
     group: NDArray[np.int32]
     tokens: dict[str, Array]
     sequences: dict[str, Array]
@@ -441,7 +445,7 @@ class TraceStore:
         dropped = {f"experts.{router.name}": router.dropped for router in self.routers}
         group_index = {name: i for i, name in enumerate(self.groups)}
         for tokens_file, sequences_file in self._parts:
-            read = list(dict.fromkeys(["sequence", "group", "num_tokens", *of_sequences]))
+            read = list(dict.fromkeys(["sequence", "text", "group", "num_tokens", *of_sequences]))
             sequences = sequences_file.read(columns=read)
             lengths = sequences.column("num_tokens").to_numpy()
             ends = np.cumsum(lengths)
@@ -457,9 +461,12 @@ class TraceStore:
                     )
                 table = tokens_file.read_row_group(row_group, columns=of_tokens)
                 part = sequences.slice(first, stop + 1 - first)
+                sequence = part.column("sequence").to_numpy()
+                text = _to_numpy(part.column("text"))
                 yield TraceBatch(
                     offsets=np.concatenate([[0], ends[first : stop + 1] - start]),
-                    sequence=part.column("sequence").to_numpy(),
+                    sequence=sequence,
+                    text=np.where(text < 0, sequence, text),
                     group=np.array(
                         [group_index.get(g, -1) for g in part.column("group").to_pylist()],
                         dtype=np.int32,

@@ -975,6 +975,7 @@ class _PartRows:
         numbers = np.arange(self._first, self._first + len(self._sequences), dtype=np.int32)
         columns: dict[str, Any] = {
             "sequence": numbers,
+            "text": pa.array([sequence.text for sequence in self._sequences], pa.int32()),
             "id": pa.array([sequence.id for sequence in self._sequences], pa.string()),
             "group": pa.array([sequence.group for sequence in self._sequences], pa.string()),
             "num_tokens": np.diff(self._starts).astype(np.int32),

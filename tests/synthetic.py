@@ -38,6 +38,7 @@ def write_trace(
     num_experts: int | Mapping[str, int],
     groups: Sequence[str | None] | None = None,
     ids: Sequence[str | None] | None = None,
+    texts: Sequence[int] | None = None,
     token_id: Array | None = None,
     probs: Mapping[str, Array] | None = None,
     weights: Mapping[str, Array] | None = None,
@@ -61,6 +62,7 @@ def write_trace(
         num_experts: E of all routers, or by router name.
         groups: [S] group of each sequence.
         ids: [S] id of each sequence; default their numbers.
+        texts: [S] number of the text that each is a part of; default their numbers.
         token_id: [T]; default 0, 1, 2, ... within each sequence.
         probs: [T, E] router probabilities by router name. Without them the rule is unknown and
             the trace has no columns that need it.
@@ -142,6 +144,7 @@ def write_trace(
                     first_sequence=int(some[0]),
                     groups=None if groups is None else [groups[i] for i in some],
                     ids=None if ids is None else [ids[i] for i in some],
+                    texts=None if texts is None else [texts[i] for i in some],
                     probs=cut["probs"],
                     nll=None if nll is None else np.asarray(nll)[some],
                 )
@@ -239,12 +242,14 @@ def sequence_table(
     first_sequence: int = 0,
     groups: Sequence[str | None] | None = None,
     ids: Sequence[str | None] | None = None,
+    texts: Sequence[int] | None = None,
     nll: Array | None = None,
 ) -> pa.Table:
     """Sequence rows: per router the means over each sequence's tokens."""
     numbers = np.arange(len(lengths), dtype=np.int32) + first_sequence
     columns: dict[str, Any] = {
         "sequence": numbers,
+        "text": numbers if texts is None else np.asarray(texts, dtype=np.int32),
         "id": pa.array([str(i) for i in numbers] if ids is None else ids, pa.string()),
         "group": pa.array([None] * len(lengths) if groups is None else groups, pa.string()),
         "num_tokens": np.asarray(lengths, dtype=np.int32),

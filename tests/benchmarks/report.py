@@ -145,6 +145,7 @@ def sticky_trace(
             )
         sequences |= {
             "sequence": numbers,
+            "text": numbers,
             "id": pa.array([str(i // NUM_GROUPS) for i in numbers]),
             "nll": rng.random(len(numbers), dtype=np.float32),
             "group": pa.array([groups[i % NUM_GROUPS] for i in numbers]),

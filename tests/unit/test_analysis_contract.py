@@ -186,6 +186,26 @@ def test_neither_batches_nor_asking_twice_change_the_table(name, tmp_path, optio
     assert_same(table, tidy(state))
 
 
+@pytest.mark.parametrize("name", ["load", "co_activation"])
+def test_pieces_of_one_text_are_not_independent(name, tmp_path):
+    """Cutting texts into sequences leaves what does not look at sequences as it was."""
+    rng = np.random.default_rng(0)
+    ids = {"00": random_ids(rng, 40 * 64, E, K)}
+    whole = write_trace(tmp_path / "whole", ids, [64] * 40, num_experts=E)
+    cut = write_trace(
+        tmp_path / "cut", ids, [8] * 320, num_experts=E, texts=[i // 8 for i in range(320)]
+    )
+    found = [analysis.run([trace], only=[name]).tables[name] for trace in (whole, cut)]
+    keys = ["metric", "scope", "layer", "expert", "expert_b"]
+    one, other = (
+        table[~table["metric"].str.startswith("layer_nmi")]
+        .drop(columns="trace").sort_values(keys).reset_index(drop=True)
+        for table in found
+    )  # fmt: skip
+    pd.testing.assert_frame_equal(one, other)
+    assert one["low"].notna().any()
+
+
 def test_reasons_and_limits_name_what_is_missing(tmp_path):
     results = analysis.run([make(tmp_path / "trace", kind="no_rule")])
     assert "unknown" in " ".join(results.limits["entropy"])

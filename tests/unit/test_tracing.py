@@ -73,7 +73,7 @@ def truth(full, tiny_checkpoint):
 def test_tokens_are_those_of_the_texts(full, tiny_checkpoint, parallel_rows):
     store, tokens, _ = read(full)
     tokenizer = load_tokenizer(tiny_checkpoint)
-    sequences = store.sequences(["id", "group", "num_tokens"]).to_pylist()
+    sequences = store.sequences(["text", "id", "group", "num_tokens"]).to_pylist()
     text = {}
     for number, sequence in enumerate(sequences):
         rows = tokens["sequence"] == number
@@ -84,6 +84,10 @@ def test_tokens_are_those_of_the_texts(full, tiny_checkpoint, parallel_rows):
     assert {key: tokenizer.decode(ids) for key, ids in text.items()} == {
         (row["id"], row["lang"]): row["text"] for row in parallel_rows
     }
+    for sequence in sequences:
+        row = parallel_rows[sequence["text"]]
+        assert (sequence["id"], sequence["group"]) == (row["id"], row["lang"])
+    assert len(sequences) > len(parallel_rows), "some texts are cut"
     count = f"{store.num_tokens:,}".replace(",", " ")
     assert store.manifest.coverage == f"2 of 2 routers, {count} of {count} tokens"
     assert np.all(np.diff(tokens["sequence"]) >= 0), "sequences are in the order of the data"
