@@ -192,6 +192,7 @@ def test_paired_reader_skips_sequences_of_the_other(tmp_path, two_cuts):
     fewer = type(batch)(
         offsets=np.cumsum([0, *batch.lengths[some]]),
         sequence=batch.sequence[some],
+        text=batch.text[some],
         group=batch.group[some],
         tokens={"token_id": batch.tokens["token_id"][rows]},
         sequences={},
