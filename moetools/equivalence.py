@@ -30,6 +30,8 @@ class Equivalence:
         p_zero: Two-sided p value of "the difference is 0".
         margin: Largest difference that counts as none, in the unit of the differences.
         num: Clusters, the units that count as independent.
+        error: Standard error of the difference; NaN with fewer than two clusters.
+        df: Degrees of freedom of the tests.
         level: Level of every test.
         verdict: `equivalent` where both one-sided tests reject; else `different` where the
             two-sided test rejects 0; else `undecided`.
@@ -43,6 +45,8 @@ class Equivalence:
     p_zero: float
     margin: float
     num: int
+    error: float
+    df: float
     level: float
     verdict: Verdict
 
@@ -50,6 +54,13 @@ class Equivalence:
     def differs(self) -> bool:
         """Whether 0 is rejected, as it may be for equivalent arms too: a small difference."""
         return self.p_zero < self.level
+
+    def interval(self, coverage: float = 0.95) -> tuple[float, float]:
+        """Interval of the difference; at 95 % without 0 where a level of 5 % rejects 0."""
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(self.df, (1 + coverage) / 2)) * self.error
+        return self.difference - half, self.difference + half
 
     @property
     def sentence(self) -> str:
@@ -72,6 +83,8 @@ def tost_paired(
     margin: float,
     clusters: Sequence[Any] | NDArray[Any] | None = None,
     level: float = 0.05,
+    extra_variance: float = 0.0,
+    extra_df: int = 1,
 ) -> Equivalence:
     """Two one-sided paired t tests of a mean difference against a margin.
 
@@ -84,11 +97,15 @@ def tost_paired(
         margin: Largest difference that counts as none; above 0.
         clusters: [N] labels; None where every difference stands for itself.
         level: Level of each test.
+        extra_variance: Variance of the mean that the clusters do not show, as of a random draw
+            that all of them share; it adds to theirs.
+        extra_df: Degrees of freedom that it was estimated with.
 
     Raises:
         ValueError: No differences, some that are not finite, other labels than differences, or a
-            margin or level out of range.
+            margin, level or variance out of range.
     Source:
+        Satterthwaite 1946, Biometrics Bull. 2, 110, for the degrees of freedom of both variances.
         Schuirmann 1987, J. Pharmacokinet. Biopharm. 15, 657: a mean is equivalent at level a
         where its 1 - 2a interval lies within the margin.
     """
@@ -101,6 +118,8 @@ def tost_paired(
         raise ValueError(f"margin {margin}: expected a number above 0")
     if not 0 < level < 0.5:
         raise ValueError(f"level {level}: expected a number between 0 and 0.5")
+    if not (extra_variance >= 0 and math.isfinite(extra_variance) and extra_df >= 1):
+        raise ValueError(f"extra variance {extra_variance} with {extra_df} degrees of freedom")
     if clusters is not None:
         values = _cluster_means(values, np.asarray(clusters))
     num, mean = len(values), float(values.mean())
@@ -108,17 +127,22 @@ def tost_paired(
         nan = math.nan
         return Equivalence(
             difference=mean, low=nan, high=nan, p_lower=nan, p_upper=nan, p_zero=nan,
-            margin=margin, num=num, level=level, verdict="undecided",
+            margin=margin, num=num, error=nan, df=nan, level=level, verdict="undecided",
         )  # fmt: skip
     constant = bool((values == values[0]).all())
     mean = float(values[0]) if constant else mean
-    error = 0.0 if constant else float(values.std(ddof=1)) / math.sqrt(num)
-    half = float(stdtrit(num - 1, 1 - level)) * error
+    own_variance = 0.0 if constant else float(values.var(ddof=1)) / num
+    variance, df = own_variance + extra_variance, num - 1.0
+    if extra_variance > 0:
+        own, extra = own_variance / variance, extra_variance / variance
+        df = 1 / (own**2 / (num - 1) + extra**2 / extra_df)
+    error = math.sqrt(variance)
+    half = float(stdtrit(df, 1 - level)) * error
 
     def p_below(distance: float) -> float:
         """P value of "the mean is `distance` or more below what it was found to be"."""
         if error > 0:
-            return float(stdtr(num - 1, -distance / error))
+            return float(stdtr(df, -distance / error))
         return 0.0 if distance > 0 else 1.0
 
     p_lower, p_upper = p_below(mean + margin), p_below(margin - mean)
@@ -130,7 +154,7 @@ def tost_paired(
         verdict = "different"
     return Equivalence(
         difference=mean, low=mean - half, high=mean + half, p_lower=p_lower, p_upper=p_upper,
-        p_zero=p_zero, margin=margin, num=num, level=level, verdict=verdict,
+        p_zero=p_zero, margin=margin, num=num, error=error, df=df, level=level, verdict=verdict,
     )  # fmt: skip
 
 

@@ -91,6 +91,38 @@ def test_coverage_and_levels(generator):
     assert equivalent / runs == pytest.approx(0.05, abs=0.011)
 
 
+def test_extra_variance_adds_to_that_of_the_clusters(generator):
+    differences = generator.normal(0.2, 0.1, 10)
+    own = differences.var(ddof=1) / 10
+    alone = tost_paired(differences, margin=0.1)
+    assert (alone.error, alone.df) == (pytest.approx(np.sqrt(own)), 9)
+    assert alone.interval(0.90) == pytest.approx((alone.low, alone.high))
+    equal = tost_paired(differences, margin=0.1, extra_variance=own, extra_df=9)
+    assert (equal.error, equal.df) == (pytest.approx(np.sqrt(2 * own)), pytest.approx(18))
+    most = tost_paired(differences, margin=0.1, extra_variance=1e6 * own, extra_df=4)
+    assert most.df == pytest.approx(4, rel=1e-4)
+    t = most.difference / most.error
+    assert most.p_zero == pytest.approx(2 * stats.t.sf(t, most.df))
+    assert most.interval() == pytest.approx(
+        stats.t.interval(0.95, most.df, most.difference, most.error)
+    )
+    without_spread = tost_paired([0.3] * 5, margin=0.1, extra_variance=0.01, extra_df=4)
+    assert (without_spread.error, without_spread.df) == pytest.approx((0.1, 4))
+
+
+def test_a_draw_that_all_clusters_share_is_no_difference(generator):
+    runs, draws = 4000, 5
+    differ = equivalent = 0
+    for _ in range(runs):
+        shared = generator.normal(0, 1, draws)
+        noise = shared.mean() + generator.normal(0, 1, 30)
+        extra = {"extra_variance": shared.var(ddof=1) / draws, "extra_df": draws - 1}
+        differ += tost_paired(noise, margin=2, **extra).differs
+        equivalent += tost_paired(2 + noise, margin=2, **extra).verdict == "equivalent"
+    assert 0.04 < differ / runs < 0.07
+    assert 0.03 < equivalent / runs < 0.07
+
+
 def test_no_difference_is_called_different_in_one_of_twenty(generator):
     runs = 4000
     found = [tost_paired(generator.normal(0, 1, 6), margin=0.01) for _ in range(runs)]
@@ -106,6 +138,8 @@ def test_no_difference_is_called_different_in_one_of_twenty(generator):
         ({"differences": [1.0, 2.0], "margin": np.inf}, "margin"),
         ({"differences": [1.0, 2.0], "margin": 1, "level": 0.5}, "level"),
         ({"differences": [1.0, 2.0], "margin": 1, "clusters": ["a"]}, "labels"),
+        ({"differences": [1.0, 2.0], "margin": 1, "extra_variance": -1}, "extra variance"),
+        ({"differences": [1.0, 2.0], "margin": 1, "extra_df": 0}, "extra variance"),
     ],
 )
 def test_wrong_arguments(arguments, message):
