@@ -198,7 +198,7 @@ def render(run: "ProbeRun", out: Path | None) -> "list[RenderableType]":
         "error     relative change of the layer's routed output",
         "sub       substitutability: 1 as good as the router's choice, 0 no better than",
         "          skipping the layer, - where skipping does not significantly hurt",
-        "verdict   paired tests over documents: equal within the margin, else worse or",
+        "verdict   tests over documents and seeds: equal within the margin, else worse or",
         "          better, else undecided; * not 0 after correction over the layers",
         *(f"{name:<9} {meaning}" for name, meaning in found["operators"].items()),
     ]

@@ -183,7 +183,7 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
                         store.add(job, *run.probe(job, meter))
                 store.note(run.notes)
         native = store.native()
-        results = probe_results(*store.tables(jobs), native, seed=options.seed)
+        results = probe_results(*store.tables(jobs), native)
         summary |= {
             "native_nll": native.nll_per_token,
             "native_accuracy": native.accuracy,

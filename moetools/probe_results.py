@@ -1,11 +1,16 @@
 """From what each probe did to every document to one tidy table with intervals and verdicts.
 
 The mean difference in negative log-likelihood per token is a ratio of two sums over documents.
-Intervals resample documents, then seeds. Verdicts are paired t tests over documents, of the mean
-over seeds, with a margin of half a percent of the native value; p values of no difference are
-corrected over the layers that one operator was tried on (Holm).
+Its variance is that between documents, of the mean over seeds, plus that between seeds: documents
+are drawn from more of their kind, and so is what an operator draws at random. What varies by
+document and seed is in both, so that intervals are rather too wide than too narrow. One seed
+shows no variance between seeds; its results hold for this seed alone.
 
-Shapes: S seeds, D documents, I items, B bootstrap replicates.
+Intervals (95 %) and verdicts are of the same t tests, with a margin of half a percent of the native
+value; p values of no difference are corrected over the layers that one operator was tried on
+(Holm).
+
+Shapes: S seeds, D documents, I items.
 """
 
 import math
@@ -18,7 +23,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moetools.equivalence import Equivalence, holm, ratio_values, tost_paired
-from moetools.intervals import NUM_REPLICATES, basic_interval, replicate_weights
 
 NLL_MARGIN = 0.005
 """Of the native negative log-likelihood."""
@@ -72,7 +76,7 @@ class Native:
 
 
 def probe_results(
-    documents: pd.DataFrame, items: pd.DataFrame | None, native: Native, *, seed: int = 0
+    documents: pd.DataFrame, items: pd.DataFrame | None, native: Native
 ) -> pd.DataFrame:
     """One row for each layer (or set of layers), operator and weight policy.
 
@@ -81,42 +85,20 @@ def probe_results(
             tokens, `num_outputs` tokens whose native output is not 0, and `load_max_over_mean`.
         items: One row for each of `VARIANT`, `seed` and `item`: `correct`; None without items.
         native: The unchanged model.
-        seed: Of the bootstrap.
     """
-    draws = _Draws(len(native.nll), seed)
     of_items = {} if items is None else dict(_variants(items))
-    item_draws = None
-    if native.correct is not None:
-        item_draws = _Draws(len(native.correct) + len(PRIOR_ITEMS), seed)
     rows = []
+    values = []
     for key, variant in _variants(documents):
-        row = dict(zip(VARIANT, key, strict=True)) | _of_documents(variant, native, draws)
-        if item_draws is not None and key in of_items:
-            assert native.correct is not None
-            row |= _of_items(of_items[key], native.correct, item_draws)
+        found, of_key = _of_documents(variant, native)
+        row = dict(zip(VARIANT, key, strict=True)) | found
+        if native.correct is not None and key in of_items:
+            row |= _of_items(of_items[key], native.correct)
         rows.append(row)
+        values.append(of_key)
     _correct_over_layers(rows)
-    _compare_with_skip(rows)
-    return pd.DataFrame([{k: v for k, v in row.items() if k != "replicates"} for row in rows])
-
-
-class _Draws:
-    """Bootstrap draws of documents or items, then of seeds; the same for every variant."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.seed = seed
-        self.weights = replicate_weights(np.ones(count, dtype=np.bool_), seed=seed)  # [B, D]
-
-    def means(self, sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[B] mean over drawn seeds and documents of sums [S, D] over counts [D]."""
-        num_seeds = len(sums)
-        generator = np.random.default_rng((self.seed, num_seeds))
-        seeds = generator.multinomial(
-            num_seeds, np.full(num_seeds, 1 / num_seeds), size=NUM_REPLICATES
-        )
-        by_seed = self.weights @ sums.T
-        means: NDArray[np.float64] = (by_seed * seeds).sum(axis=1) / num_seeds
-        return means / (self.weights @ counts)
+    _compare_with_skip(rows, values)
+    return pd.DataFrame(rows)
 
 
 def _variants(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
@@ -124,47 +106,46 @@ def _variants(table: pd.DataFrame) -> Iterator[tuple[tuple[Any, ...], pd.DataFra
         yield tuple(part if isinstance(part, str) else None for part in key), rows
 
 
-def _of_documents(variant: pd.DataFrame, native: Native, draws: _Draws) -> dict[str, Any]:
+def _of_documents(
+    variant: pd.DataFrame, native: Native
+) -> tuple[dict[str, Any], NDArray[np.float64]]:
+    """Columns of one variant, and the values [S, D] that its test is of."""
     by_seed = variant.sort_values(["seed", "document"])
     num_seeds = by_seed["seed"].nunique()
     shape = (num_seeds, len(native.nll))
     sums = {name: by_seed[name].to_numpy(float).reshape(shape) for name in SUMS}
     predicted = native.num_predicted.astype(float)
     num_predicted = predicted.sum()
-    delta = float(sums["delta_nll"].mean(axis=0).sum() / num_predicted)
-    replicates = draws.means(sums["delta_nll"], predicted)
-    low, high = basic_interval(delta, replicates)
-    test = tost_paired(
-        ratio_values(sums["delta_nll"].mean(axis=0), predicted), margin=native.margin, level=LEVEL
-    )
+    values = np.stack([ratio_values(of_seed, predicted) for of_seed in sums["delta_nll"]])
+    test = _tested(values, native.margin)
+    low, high = test.interval(1 - LEVEL)
     outputs = by_seed["num_outputs"].to_numpy(float).reshape(shape).mean(axis=0).sum()
     load = by_seed.groupby("seed")["load_max_over_mean"].first().mean()
-    return {
+    row = {
         "num_seeds": num_seeds,
         "num_tokens": int(num_predicted),
-        "delta_nll": delta,
+        "delta_nll": float(sums["delta_nll"].mean(axis=0).sum() / num_predicted),
         "low": _number(low),
         "high": _number(high),
-        **_tested(test),
+        "p_zero": _number(test.p_zero),
+        "verdict": test.verdict,
+        "differs": test.differs,
         "kl": _mean(sums["kl"], num_predicted),
         "agreement": _mean(sums["agreement"], num_predicted),
         "output_error": _mean(sums["output_error"], outputs),
         "output_cosine": _mean(sums["output_cosine"], outputs),
         "load_max_over_mean": _number(load),
-        "replicates": replicates,
     }
+    return row, values
 
 
-def _of_items(
-    variant: pd.DataFrame, native_correct: NDArray[np.bool_], draws: _Draws
-) -> dict[str, Any]:
+def _of_items(variant: pd.DataFrame, native_correct: NDArray[np.bool_]) -> dict[str, Any]:
     by_seed = variant.sort_values(["seed", "item"])
     correct = by_seed["correct"].to_numpy(bool).reshape(-1, len(native_correct))
     change = correct.astype(float) - native_correct
     known = np.hstack([change, np.tile(PRIOR_ITEMS, (len(change), 1))])
-    ones = np.ones(known.shape[1])
-    low, high = basic_interval(known.mean(), draws.means(known, ones), bounds=(-1, 1))
-    test = tost_paired(known.mean(axis=0), margin=ACCURACY_MARGIN, level=LEVEL)
+    test = _tested(known, ACCURACY_MARGIN)
+    low, high = np.clip(test.interval(1 - LEVEL), -1, 1)
     return {
         "delta_accuracy": float(change.mean()),
         "accuracy_low": _number(low),
@@ -176,8 +157,17 @@ def _of_items(
     }
 
 
-def _tested(test: Equivalence) -> dict[str, Any]:
-    return {"p_zero": _number(test.p_zero), "verdict": test.verdict, "differs": test.differs}
+def _tested(values: NDArray[np.float64], margin: float) -> Equivalence:
+    """Test of the mean of values [S, D]."""
+    num_seeds = len(values)
+    between = values.mean(axis=1).var(ddof=1) / num_seeds if num_seeds > 1 else 0.0
+    return tost_paired(
+        values.mean(axis=0),
+        margin=margin,
+        level=LEVEL,
+        extra_variance=between,
+        extra_df=max(num_seeds - 1, 1),
+    )
 
 
 def _correct_over_layers(rows: Sequence[dict[str, Any]]) -> None:
@@ -191,31 +181,69 @@ def _correct_over_layers(rows: Sequence[dict[str, Any]]) -> None:
             row["p_holm"] = _number(corrected)
 
 
-def _compare_with_skip(rows: Sequence[dict[str, Any]]) -> None:
+def _compare_with_skip(
+    rows: Sequence[dict[str, Any]], values: Sequence[NDArray[np.float64]]
+) -> None:
     """Add `substitutability` = 1 - delta NLL / delta NLL of `skip`, or why there is none."""
-    skipped = {(row["probe"], row["layers"]): row for row in rows if row["operator"] == "skip"}
-    for row in rows:
+    skipped = {
+        (row["probe"], row["layers"]): (row, of_skip)
+        for row, of_skip in zip(rows, values, strict=True)
+        if row["operator"] == "skip"
+    }
+    for row, of_row in zip(rows, values, strict=True):
         row |= dict.fromkeys(("substitutability", "substitutability_low", "substitutability_high"))
         row["substitutability_reason"] = None
         if row["operator"] == "skip":
             continue
-        skip = skipped.get((row["probe"], row["layers"]))
-        if skip is None:
+        if (row["probe"], row["layers"]) not in skipped:
             row["substitutability_reason"] = "skip was not probed"
-        elif not _matters(skip):
+            continue
+        skip, of_skip = skipped[row["probe"], row["layers"]]
+        if not _matters(skip):
             row["substitutability_reason"] = "skipping the layer does not significantly hurt"
-        else:
-            value = 1 - row["delta_nll"] / skip["delta_nll"]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                replicates = 1 - row["replicates"] / skip["replicates"]
-            replicates = np.where(skip["replicates"] > 0, replicates, np.nan)
-            low, high = basic_interval(value, replicates)
-            row["substitutability"] = value
-            row["substitutability_low"], row["substitutability_high"] = _number(low), _number(high)
+            continue
+        row["substitutability"] = 1 - row["delta_nll"] / skip["delta_nll"]
+        low, high = _ratio_interval(of_row, of_skip.mean(axis=0))
+        row["substitutability_low"], row["substitutability_high"] = (
+            _number(1 - high),
+            _number(1 - low),
+        )
 
 
 def _matters(skip: dict[str, Any]) -> bool:
     return skip["delta_nll"] > 0 and skip["p_holm"] is not None and skip["p_holm"] < LEVEL
+
+
+def _ratio_interval(
+    numerator: NDArray[np.float64], denominator: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Interval of the ratio of two means.
+
+    Args:
+        numerator: [S, D] values whose mean has the variance that `_tested` gives it.
+        denominator: [D] values of the same documents without seeds.
+
+    Returns:
+        Its ends; NaN where it has none because the denominator may be 0.
+    Source:
+        Fieller 1954, J. R. Statist. Soc. B 16, 175: the ratios r at which a t test does not reject
+        that the mean of numerator - r * denominator is 0. Its degrees of freedom are those at
+        the ratio found.
+    """
+    from scipy.special import stdtrit
+
+    found = numerator.mean() / denominator.mean()
+    df = _tested(numerator - found * denominator, margin=1.0).df
+    square = stdtrit(df, 1 - LEVEL / 2) ** 2
+    covariance = np.cov(numerator.mean(axis=0), denominator) / len(denominator)
+    variance = _tested(numerator, margin=1.0).error ** 2
+    first = denominator.mean() ** 2 - square * covariance[1, 1]
+    second = numerator.mean() * denominator.mean() - square * covariance[0, 1]
+    third = numerator.mean() ** 2 - square * variance
+    if not first > 0:
+        return math.nan, math.nan
+    root = math.sqrt(max(second**2 - first * third, 0.0))
+    return (second - root) / first, (second + root) / first
 
 
 def _mean(sums: NDArray[np.float64], count: float) -> float | None:

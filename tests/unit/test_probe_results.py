@@ -89,20 +89,69 @@ def test_substitutability():
 
 
 @pytest.mark.parametrize(
-    ("of_documents", "of_seeds", "lowest"), [(0.5, 0.05, 0.89), (0.1, 0.2, 0.78)]
+    ("num_seeds", "of_documents", "of_seeds", "of_both"),
+    [(5, 0.1, 0.2, 0.1), (5, 0.5, 0.05, 0.0), (8, 0.1, 0.2, 0.0), (1, 0.5, 0.0, 0.0)],
 )
-def test_intervals_cover_documents_and_seeds(of_documents, of_seeds, lowest):
-    """A true effect of 1 is covered, less often where eight seeds are all there is to resample."""
+def test_intervals_cover_documents_and_seeds(num_seeds, of_documents, of_seeds, of_both):
+    """A true effect of 1 is covered, however few seeds it is that differ."""
     generator = np.random.default_rng(0)
     counts = generator.integers(20, 200, 40)
     native = Native(nll=counts * 2.0, num_predicted=counts)
     tables = []
-    for run in range(100):
-        delta = 1 + generator.normal(0, of_documents, 40) + generator.normal(0, of_seeds, (8, 1))
+    for run in range(200):
+        delta = 1 + generator.normal(0, of_documents, 40)
+        delta = delta + generator.normal(0, of_seeds, (num_seeds, 1))
+        delta += generator.normal(0, of_both, (num_seeds, 40))
         tables.append(table(delta, layers=str(run), counts=counts))
     found = results(*tables, native=native)
     covered = ((found["low"] <= 1) & (found["high"] >= 1)).mean()
-    assert lowest <= covered <= 0.99
+    assert 0.91 <= covered <= 0.99
+
+
+def test_what_all_documents_share_in_a_seed_is_no_difference():
+    """Seeds that move all documents at once, by 0 on average: one of twenty is called different."""
+    generator = np.random.default_rng(0)
+    tables = []
+    for run in range(300):
+        delta = generator.normal(0, 0.05, 6) + generator.normal(0, 0.05, (5, 1))
+        tables.append(table(delta, probe=str(run), operator="permuted"))
+    found = results(*tables)
+    apart = (found["low"] > 0) | (found["high"] < 0)
+    assert (found["verdict"] == "different").tolist() == apart.tolist()
+    assert found["differs"].tolist() == apart.tolist()
+    assert (found["p_holm"] < 0.05).tolist() == apart.tolist()
+    assert 0.01 < apart.mean() < 0.09
+
+
+def test_interval_of_substitutability_misses_on_either_side():
+    """Of a true 0.5, with a skip whose effect is four times its error."""
+    generator = np.random.default_rng(0)
+    counts, error = np.full(40, 100), np.sqrt(40) / 4
+    tables = []
+    for run in range(300):
+        skip = 1 + generator.normal(0, error, 40)
+        delta = 0.5 + generator.normal(0, 0.5 * error, 40)
+        tables.append(table(0.02 * skip, probe=str(run), operator="skip", counts=counts))
+        tables.append(table(0.02 * delta, probe=str(run), operator="static", counts=counts))
+    native = Native(nll=counts * 3.0, num_predicted=counts)
+    found = results(*tables, native=native).loc[("0", "static")]
+    known = found[found["substitutability"].notna()]
+    assert len(known) > 280
+    above = (known["substitutability_low"] > 0.5).mean()
+    below = (known["substitutability_high"] < 0.5).mean()
+    assert 0.003 < above < 0.05
+    assert 0.003 < below < 0.05
+
+
+def test_a_ratio_over_a_skip_that_may_be_nothing_has_no_interval():
+    """Few seeds leave less certainty than the test of the skip alone, which has none."""
+    noise = np.array([1, -1, 1, -1, 1, -1])
+    seeds = np.array([[-1.0], [0.0], [1.0]])
+    row = results(table(0.1 + seeds), table(0.1 + 0.06 * noise, operator="skip"))
+    found = row.loc[("0", "uniform")]
+    assert found["substitutability"] == pytest.approx(0, abs=0.2)
+    assert pd.isna(found["substitutability_low"])
+    assert pd.isna(found["substitutability_high"])
 
 
 def test_items():
@@ -127,7 +176,12 @@ def test_items():
     assert found["flips_to_right"] == 1
     assert found["flips_to_wrong"] == 3 + 80 / 2
     assert found["delta_accuracy"] == pytest.approx(-(3 + 40 - 1) / 500)
+    assert found["accuracy_verdict"] == "undecided"
+    assert found["accuracy_low"] < 0 < found["accuracy_high"]
+    flipped[1, 110:210] = False
+    found = results(table(COUNTS * 0.0), items=items(flipped), native=native).iloc[0]
     assert found["accuracy_verdict"] == "different"
+    assert found["accuracy_high"] < 0
 
 
 def test_one_document_has_no_interval():
