@@ -133,7 +133,7 @@ def task_evaluation(items: Sequence[Item], rows: Sequence[ScoredRow]) -> Evaluat
     first = 0
     for item in items:
         last = first + len(item.choices)
-        question = min(row.start for row in rows[first:last])
+        question = rows[first].start
         for begin in starts[first:last]:
             shared[begin : begin + question] = starts[first] + np.arange(question)
         first = last

@@ -1,9 +1,11 @@
 """Log-likelihood of choices given a question, and of texts, in nats.
 
 A choice is appended to its question as it is. Both are tokenised together, as the model would read
-them, and the question alone once more; the tokens of the choice are those after the longest common
-beginning of the two. A token that spans the border therefore belongs to the choice, and the context
-ends before it.
+them, and the question alone once more. All choices of an item are scored after the same context,
+the longest beginning that the tokens of the question and of every choice share: what is compared
+is then the probability of whole texts. Where a token of any choice spans the border, the context
+ends before it, and the other choices are scored with the tokens of the question from there on.
+Those count in sums and in lengths like the tokens of the choice.
 
 Rows of a batch are padded on the right, behind the mask of the model, so that a result depends on
 what else is in its batch by rounding alone.
@@ -68,8 +70,8 @@ class ItemScore:
     """What a model makes of one item; of equal choices the first is taken.
 
     Attributes:
-        loglik: Log-likelihood of each choice, a sum over its tokens in nats.
-        loglik_per_token: The same divided by the number of its tokens.
+        loglik: Log-likelihood of each choice, a sum over its scored tokens in nats.
+        loglik_per_token: The same divided by the number of these tokens.
         prediction: Choice of the largest `loglik`.
         prediction_per_token: Choice of the largest `loglik_per_token`; for choices whose lengths
             differ.
@@ -138,7 +140,7 @@ def text_nll(
 def choice_rows(
     items: Sequence[Item], tokenizer: Any, *, limit: int | None = None
 ) -> list[ScoredRow]:
-    """One row for every choice, item by item.
+    """One row for every choice, item by item; all rows of an item start at the same token.
 
     Args:
         items: At least one.
@@ -152,10 +154,10 @@ def choice_rows(
     wholes = tokenise([item.question + c for item in items for c in item.choices], tokenizer)
     rows: list[ScoredRow] = []
     for item, question in zip(items, questions, strict=True):
-        for choice in item.choices:
-            token_ids = wholes[len(rows)]
-            start = _common_beginning(question, token_ids)
-            if not 0 < start < len(token_ids):
+        of_item = wholes[len(rows) : len(rows) + len(item.choices)]
+        shared = [_common_beginning(question, token_ids) for token_ids in of_item]
+        for choice, token_ids, length in zip(item.choices, of_item, shared, strict=True):
+            if not 0 < length < len(token_ids):
                 raise DataError(
                     f"{item.where}: the choice {choice!r} has no token of its own after the "
                     "question. Lengthen the question or the choice."
@@ -165,7 +167,7 @@ def choice_rows(
                     f"{item.where}: {len(token_ids)} tokens with the choice {choice!r}; the model "
                     f"has {limit} positions. Shorten the question."
                 )
-            rows.append(ScoredRow(token_ids=token_ids, start=start))
+            rows.append(ScoredRow(token_ids=token_ids, start=min(shared)))
     return rows
 
 

@@ -87,7 +87,7 @@ def test_texts_score_what_the_model_says(model):
     np.testing.assert_allclose(nll, alone, atol=1e-4)
 
 
-def test_a_token_across_the_border_belongs_to_the_choice(tmp_path):
+def test_a_token_across_the_border_is_scored_in_every_choice():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -97,10 +97,31 @@ def test_a_token_across_the_border_belongs_to_the_choice(tmp_path):
     items = [Item(question="ab", choices=("cd", "dd"), answer=0)]
     merged, apart = choice_rows(items, tokenizer)
     assert (merged.token_ids.tolist(), merged.start) == ([0, 4, 3], 1)
-    assert (apart.token_ids.tolist(), apart.start) == ([0, 1, 3, 3], 2)
-    swallowed = Item(question="b", choices=("c", "d"), answer=0, where="q row 1")
+    assert (apart.token_ids.tolist(), apart.start) == ([0, 1, 3, 3], 1)
+    sums = item_scores(items, [merged, apart], np.array([-2.0, -2.1]))[0]
+    assert sums.loglik_per_token == pytest.approx((-2 / 2, -2.1 / 3))
+    assert (sums.prediction, sums.prediction_per_token) == (0, 1)
+    swallowed = Item(question="b", choices=("d", "c"), answer=0, where="q row 1")
     with pytest.raises(DataError, match="q row 1: the choice 'c' has no token of its own"):
         choice_rows([swallowed], tokenizer)
+
+
+def test_choices_are_ordered_by_the_probability_of_the_whole_text(model):
+    """Of a tokenizer that merges the space at the end of a question with one choice alone."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"A": 0, ":": 1, " ": 2, "y": 3, "1": 4, " y": 5}
+    merging = Tokenizer(models.BPE(vocab=vocab, merges=[(" ", "y")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging)
+    item = Item(question="A: ", choices=("y", "1", "11"), answer=0)
+    rows = choice_rows([item], tokenizer)
+    assert [row.token_ids.tolist() for row in rows] == [[0, 1, 5], [0, 1, 2, 4], [0, 1, 2, 4, 4]]
+    assert [row.start for row in rows] == [2, 2, 2]
+    (score,) = score_choices(model, tokenizer, [item])
+    whole, _ = text_nll(model, [row.token_ids for row in rows])
+    context, _ = text_nll(model, [rows[0].token_ids[:2]])
+    assert score.loglik == pytest.approx(context - whole, abs=1e-4)
 
 
 def test_equal_choices_take_the_first():
