@@ -113,7 +113,7 @@ def probe(
     ] = None,
     text_column: TextColumnOption = "text",
     group_column: GroupColumnOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 20_000,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 10_000,
     sequence_length: SequenceLengthOption = None,
     batch_tokens: BatchTokensOption = None,
     seed: SeedOption = 0,

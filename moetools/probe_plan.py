@@ -10,7 +10,7 @@ from moetools.probing import POLICIES, WeightPolicy, cannot_change, operator
 
 DEFAULT_OPERATORS = ("uniform", "frequency", "shuffled", "bottom-k", "skip")
 TOGETHER = ("deep-half", "cumulative")
-MAX_TOKENS = 20_000
+MAX_TOKENS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
