@@ -20,6 +20,7 @@ import torch
 
 import moetools
 from moetools import analysis, registry
+from moetools.analyses.multilingual import beyond_allowance
 from moetools.analysis import select, single
 from moetools.profiles import correlation
 from moetools.reporting import style
@@ -65,35 +66,46 @@ def only(table: pd.DataFrame, metric: str, scope: str = "model", **wanted: objec
 
 
 def beyond_noise(table: pd.DataFrame) -> Answer:
-    """Whether every language differs from the reference by more than the halves of a text do."""
+    """Whether every language differs from the reference by more than the halves of both texts."""
     excess = select(table, metric="divergence_excess", scope="group")
     whole, layers = excess[excess["layer"].isna()], excess[excess["layer"].notna()]
-    clear, clear_layers = int((whole["low"] > 0).sum()), int((layers["low"] > 0).sum())
+    clear, clear_layers = (int(beyond_allowance(table, part).sum()) for part in (whole, layers))
     return Answer(
         question="Is every language routed differently from English, beyond noise?",
         verdict=verdict(clear, len(whole)),
         numbers=(
             f"{clear} of {len(whole)} languages, and {clear_layers} of {len(layers)} combinations "
-            "of language and layer, lie above what two halves of one English article show; on "
-            f"average by {spelled(only(table, 'divergence_excess'))}."
+            "of language and layer, lie above what the halves of the same two articles show, and "
+            "above what their unequal lengths may leave in that; on average by "
+            f"{spelled(only(table, 'divergence_excess'))}, where lengths may leave "
+            f"{single(table, 'divergence_excess_allowance'):.3f}."
         ),
     )
 
 
 def bend(table: pd.DataFrame, metric: str, title: str) -> Answer:
     """Whether the middle layers differ less than both ends."""
+    allowed = select(table, metric=f"{metric.removesuffix('_u')}_allowance", scope="model")
+    allowance = float(allowed["value"].iloc[0]) if len(allowed) else 0.0
     ends = [only(table, metric, end=end) for end in ("first", "last")]
     of_group = select(table, metric=metric, scope="group")
-    both = (of_group["low"] > 0).groupby(of_group["group"]).all()
+    beyond = beyond_allowance(table, of_group) if len(allowed) else of_group["low"] > 0
+    both = beyond.groupby(of_group["group"]).all()
     layers = select(table, metric=metric.removesuffix("_u"), scope="layer")
     lowest = layers.iloc[int(layers["value"].to_numpy(float).argmin())]
     return Answer(
         question=title,
-        verdict=verdict(sum(row["low"] > 0 for row in ends), 2),
+        verdict=verdict(sum(row["low"] > allowance for row in ends), 2),
         numbers=(
             f"The first quarter of the layers lies {spelled(ends[0])} above the middle, the last "
             f"quarter {spelled(ends[1])}; lowest is layer {lowest['layer']}, {spelled(lowest)}. "
             f"Each on its own, {int(both.sum())} of {len(both)} languages rise at both ends."
+            + (
+                f" Unequal lengths may leave {allowance:.3f} on average, and a rise counts only "
+                "above that."
+                if allowance
+                else ""
+            )
         ),
     )
 
@@ -103,12 +115,12 @@ def scale(table: pd.DataFrame) -> Answer:
     layers = select(table, metric="divergence_ratio", scope="layer")
     known = int(layers["value"].notna().sum())
     ratio = only(table, "divergence_ratio")
-    other = single(table, "divergence_floor_other") - single(table, "divergence_floor_half")
+    other = single(table, "divergence_excess_other")
     return Answer(
         question="Does the topic of an article move the routing of English?",
         verdict=verdict(known, len(layers)),
         numbers=(
-            f"Different articles differ by {other:.3f} more than halves of one, clearly in {known} "
+            f"Different articles differ by {other:.3f} more than their halves, clearly in {known} "
             f"of {len(layers)} layers. In that unit the languages are at {spelled(ratio, 1)}: "
             "above 1, the language matters more than the topic."
         ),
@@ -300,7 +312,7 @@ def language_table(table: pd.DataFrame, tokens: dict[str, float]) -> Iterator[st
         yield (
             f"| {group} | {tokens[group]:.0f} | {spelled(row)} | "
             f"{spelled(excess[excess['layer'].isna()].iloc[0])} | "
-            f"{int((layers['low'] > 0).sum())} of {len(layers)} | {nats:.0f} |"
+            f"{int(beyond_allowance(table, layers).sum())} of {len(layers)} | {nats:.0f} |"
         )
 
 
@@ -349,7 +361,8 @@ def page(
         *language_table(table, tokens),
         "",
         "`beyond noise` is `divergence_excess`: halves of articles compared across languages, "
-        "minus halves of one English article. `nats` is what the model needs for an article.",
+        "minus the halves of each of the two. A layer is clear where that exceeds what unequal "
+        "lengths may leave. `nats` is what the model needs for an article.",
         "",
         "## What this does not show",
         "",

@@ -75,13 +75,20 @@ def test_every_language_has_its_line(study):
 def test_noise_and_u_are_what_the_intervals_say(study):
     _, _, found, table = study
     excess = select(table, metric="divergence_excess", scope="group", layer=None)
+    allowed = select(table, metric="divergence_excess_allowance", scope="group")
+    allowed = allowed.set_index("group")["value"]
+    clear = (excess.set_index("group")["low"] > allowed).sum()
     verdict, numbers = answer(found, "beyond noise")
-    assert verdict == expected((excess["low"] > 0).sum(), len(excess))
-    assert numbers.startswith(f"{(excess['low'] > 0).sum()} of {len(excess)} languages")
-    for words, metric in (("(a U)", "divergence_u"), ("above the floor", "divergence_excess_u")):
+    assert verdict == expected(clear, len(excess))
+    assert numbers.startswith(f"{clear} of {len(excess)} languages")
+    allowance = single(table, "divergence_excess_allowance")
+    for words, metric, least in (
+        ("(a U)", "divergence_u", 0),
+        ("above the floor", "divergence_excess_u", allowance),
+    ):
         verdict, numbers = answer(found, words)
         ends = select(table, metric=metric, scope="model")
-        assert verdict == expected((ends["low"] > 0).sum(), 2)
+        assert verdict == expected((ends["low"] > least).sum(), 2)
         for value in ends["value"]:
             assert f"{value:.3f}" in numbers
 

@@ -179,6 +179,48 @@ def test_languages_of_one_distribution_have_nothing_of_their_own(tmp_path):
         assert bend["low"] < 0 < bend["high"]
 
 
+@pytest.mark.parametrize("sharpness", [1, 5])
+def test_lengths_alone_make_no_language_different(tmp_path, sharpness):
+    lengths = {"en": 40, "de": 20, "fr": 40, "sw": 80, "zh": 160}
+    rng = np.random.default_rng(8)
+    contents = rng.normal(0, 0.3, (60, 32))
+    places = [(i, g) for i in range(60) for g in lengths]
+    texts = [
+        softmax(contents[i] + sharpness * rng.normal(size=(lengths[g], 32))) for i, g in places
+    ]
+    probs = np.concatenate(texts)
+    trace = write_trace(
+        tmp_path / "t", {"00": top_k_of(probs, 4)}, [len(text) for text in texts],
+        num_experts=32, probs={"00": probs}, groups=[g for _, g in places],
+        ids=[str(i) for i, _ in places], reference_group="en",
+    )  # fmt: skip
+    table = run(trace)
+    for language, length in lengths.items():
+        if language == "en":
+            continue
+        place = {"scope": "group", "group": language, "layer": 0}
+        excess = one(table, "divergence_excess", **place)
+        ratio = one(table, "divergence_ratio", **place)
+        allowance = single(table, "divergence_excess_allowance", "group", group=language)
+        assert allowance == pytest.approx(0.15 * ((length - 40) / (length + 40)) ** 2)
+        assert excess["low"] < allowance
+        assert excess["high"] > 0
+        assert excess["value"] == pytest.approx(0, abs=0.015 if sharpness == 1 else 0.05)
+        if sharpness == 1:
+            assert excess["low"] < 0
+            assert ratio["value"] == pytest.approx(0, abs=0.06)
+            assert ratio["low"] < 0 < ratio["high"]
+    halves = select(table, metric="divergence_floor_half", scope="group", layer=0)
+    halves = halves.set_index("group")["value"]
+    if sharpness == 1:
+        assert halves["de"] > halves["fr"] > halves["sw"] > halves["zh"]
+    texts = [finding.text for finding in multilingual.findings(table)]
+    counted = [text for text in texts if "combinations of language and layer" in text]
+    assert len(counted) == 1
+    assert "in 0 of 4 combinations" in counted[0]
+    assert "by more than unequal lengths may leave" in counted[0]
+
+
 def scalar_entropy(p):
     return -sum(x * math.log(x) for x in p if x > 0)
 
@@ -214,20 +256,33 @@ def test_every_number_is_that_of_scalar_loops(tmp_path):
     half = np.mean(
         [scalar_divergence(profile("en", i, even), profile("en", i, odd)) for i in items]
     )
-    crossed = np.mean(
-        [
-            scalar_divergence(profile("en", i, one), profile("de", i, other))
-            for i in items
-            for one, other in ((even, odd), (odd, even))
-        ]
+    own_half = np.mean(
+        [scalar_divergence(profile("de", i, even), profile("de", i, odd)) for i in items]
     )
+
+    def mixed(*halves):
+        return scalar_entropy(np.mean([np.array(h) / np.sum(h) for h in halves], axis=0))
+
+    beyond = []
+    for i in items:
+        a, b, c, d = (profile(g, i, step) for g in ("en", "de") for step in (even, odd))
+        room = math.log(6) - (mixed(a) + mixed(b) + mixed(c) + mixed(d)) / 4
+        beyond.append((mixed(a, d) + mixed(b, c) - mixed(a, b) - mixed(c, d)) / 2 / room)
     for metric, expected in (
         ("divergence", whole),
         ("divergence_floor_half", half),
-        ("divergence_excess", crossed - half),
+        ("divergence_excess", np.mean(beyond)),
     ):
         assert single(table, metric) == pytest.approx(expected, abs=1e-6), metric
         assert single(table, metric, "layer", layer=5) == single(table, metric)
+    found = one(table, "divergence_floor_half", "group", group="de", layer=5)
+    assert found["value"] == pytest.approx(own_half, abs=1e-6)
+    assert found["num_tokens"] == sum(lengths[1::2])
+    allowance = np.mean(
+        [0.15 * ((m - n) / (m + n)) ** 2 for m, n in zip(lengths[::2], lengths[1::2], strict=True)]
+    )
+    found = single(table, "divergence_excess_allowance", "group", group="de")
+    assert found == pytest.approx(allowance)
     pair = one(table, "divergence_pair", "pair", layer=5)
     assert (pair["group"], pair["group_b"]) == ("de", "en")
     assert pair["value"] == pytest.approx(whole, abs=1e-6)

@@ -7,13 +7,16 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 from synthetic import random_ids, random_probs
 
+from moetools.intervals import basic_interval, replicate_weights
 from moetools.profiles import (
     ItemSample,
     chance_jaccard,
     correlation,
     divergence,
+    divergence_beyond_halves,
     item_hash,
     item_means,
+    length_allowance,
     mean_between_items,
     mean_jaccard,
     overlap,
@@ -250,18 +253,89 @@ def test_means_over_items_leave_missing_values_out():
 def test_mean_between_few_items_is_over_all_pairs(num):
     rng = np.random.default_rng(8)
     profiles = random_probs(rng, num, 5, scale=2)
-    weights = rng.integers(0, 4, (3, num)).astype(float)
-    weights[:, :2] += 1
-    found = mean_between_items(profiles, profiles, weights)
+    weights = rng.multinomial(num, np.full(num, 1 / num), size=3).astype(float)
+    found = mean_between_items(lambda partner: divergence(profiles, profiles[partner]), weights)
     pairs = list(combinations(range(num), 2))
     distance = np.array([divergence(profiles[i], profiles[j]) for i, j in pairs])
-    for draw, row in zip(found, [np.ones(num), *weights], strict=True):
-        of_pair = np.array([row[i] * row[j] for i, j in pairs])
-        assert draw == pytest.approx((of_pair @ distance) / of_pair.sum())
+    assert found[0] == pytest.approx(distance.mean())
+    if num == 2:
+        assert np.isnan(found[1:]).all()
+        return
+    for draw, row in zip(found[1:], weights, strict=True):
+        of_pair = np.array([row[i] + row[j] - 1 for i, j in pairs])
+        assert draw == pytest.approx((of_pair @ distance) / len(pairs))
 
 
 def test_mean_between_items_takes_one_item_for_nothing():
-    assert np.isnan(mean_between_items(np.ones((1, 3)), np.ones((1, 3)), np.ones((2, 1)))).all()
+    assert np.isnan(mean_between_items(lambda partner: np.ones(1), np.ones((2, 1)))).all()
+
+
+def test_interval_of_a_mean_between_items_is_hardly_too_wide():
+    rng = np.random.default_rng(11)
+    covered, widths, means = [], [], []
+    for trial in range(300):
+        own, noise = rng.normal(size=40), rng.normal(size=(40, 40))
+
+        def distance(partner, own=own, noise=noise):
+            return own + own[partner] + 3 * noise[np.arange(40), partner]
+
+        weights = replicate_weights(np.ones(40, dtype=bool), seed=trial)
+        draws = mean_between_items(distance, weights)
+        low, high = basic_interval(draws[0], draws[1:])
+        covered.append(low <= 0 <= high)
+        widths.append(draws[1:].std())
+        means.append(draws[0])
+    assert 0.91 <= np.mean(covered) <= 0.985
+    assert np.mean(widths) / np.std(means) == pytest.approx(1, abs=0.2)
+
+
+def halves_of(rng, base, length, sharpness):
+    """Profiles of even and odd tokens of texts whose tokens scatter around `base` [N, E]."""
+    probs = random_probs_around(rng, base, length, sharpness)
+    return probs[:, ::2].sum(axis=1), probs[:, 1::2].sum(axis=1)
+
+
+def random_probs_around(rng, base, length, sharpness):
+    logits = base[:, None] + sharpness * rng.normal(size=(len(base), length, base.shape[1]))
+    scores = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return scores / scores.sum(axis=2, keepdims=True)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1, 3, 8])
+@pytest.mark.parametrize("length", [10, 20, 40, 80, 160])
+def test_texts_routed_alike_differ_by_no_more_than_lengths_may_leave(length, sharpness):
+    rng = np.random.default_rng(12)
+    base = rng.normal(0, 0.3, (400, 32))
+    reference = halves_of(rng, base, 40, sharpness)
+    found = divergence_beyond_halves(*reference, *halves_of(rng, base, length, sharpness))
+    mean, error = found.mean(), found.std() / np.sqrt(len(found))
+    allowance = length_allowance(40, length)
+    assert -3 * error < mean < allowance + 3 * error
+    if sharpness <= 1:
+        assert mean < allowance / 3 + 3 * error
+
+
+def test_beyond_halves_is_what_scalar_loops_give():
+    rng = np.random.default_rng(13)
+    a, b, c, d = (row.tolist() for row in random_probs(rng, 4, 6, scale=2))
+
+    def entropy_of(*profiles):
+        return -sum(x * math.log(x) for x in np.mean(profiles, axis=0))
+
+    room = math.log(6) - (entropy_of(a) + entropy_of(b) + entropy_of(c) + entropy_of(d)) / 4
+    apart = entropy_of(a, d) + entropy_of(b, c) - entropy_of(a, b) - entropy_of(c, d)
+    found = divergence_beyond_halves(*(3 * np.array(row) for row in (a, b, c, d)))
+    assert found == pytest.approx(apart / 2 / room)
+    assert divergence_beyond_halves(*np.array([a, b, a, b])) == pytest.approx(0, abs=1e-12)
+    apart = divergence_beyond_halves(*np.eye(4)[[0, 0, 1, 1]])
+    assert apart == pytest.approx(0.5)
+    assert np.isnan(divergence_beyond_halves(a, b, c, np.zeros(6)))
+
+
+def test_allowance_of_lengths():
+    assert length_allowance(30, 30) == 0
+    found = length_allowance(np.array([10.0, 40]), np.array([20.0, 10]))
+    assert found == pytest.approx([0.15 / 9, 0.15 * 0.36])
 
 
 def test_interval_of_a_ratio_holds_with_small_denominators():
