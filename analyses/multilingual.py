@@ -815,7 +815,7 @@ def divergence_picture(table: pd.DataFrame, suffix: str) -> Picture:
             )  # fmt: skip
     left.set(ylabel="divergence from the reference")
     left.set_ylim(bottom=0)
-    right.set(ylabel="beyond the halves of one text")
+    right.set(ylabel="beyond the halves of both texts")
     right.axhline(0, color="#888888", lw=0.8)
     allowance = single(table, "divergence_excess_allowance")
     handles, names = left.get_legend_handles_labels()
