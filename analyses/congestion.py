@@ -1032,7 +1032,6 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
                 weight=0.4 if clear else 0.2,
                 metric=metric,
             )
-    yield from phase_findings(table)
     outside = single(table, "out_of_scope")
     if outside > 0:
         reasons = {
@@ -1051,8 +1050,30 @@ def findings(table: pd.DataFrame) -> Iterator[Finding]:
         )
 
 
-def phase_findings(table: pd.DataFrame) -> Iterator[Finding]:
-    """The phases that end at this step."""
+def findings_across(table: pd.DataFrame) -> Iterator[Finding]:
+    """How load and preferences moved over a training run, and its phases."""
+    steps = table[["trace", "step"]].drop_duplicates().sort_values("step")
+    if steps["step"].isna().any() or steps["step"].duplicated().any() or len(steps) < 2:
+        return
+    told = []
+    for metric, quality, what in (
+        ("b_load", None, "the busiest expert's load over the mean (B)"),
+        ("b_quality", "q1", "the same of the router's mean preferences (B_q)"),
+        ("temperature", "q1", "the temperature of the load against them"),
+        ("gamma_eff", "q1", "gamma_eff (as defined by moetools)"),
+    ):
+        line = series(select(table, metric=metric, scope="model", quality=quality), steps)
+        if len(line):
+            first, last = line.iloc[0], line.iloc[-1]
+            told.append(
+                f"{what} from {first['value']:.2f}{interval(first, digits=2)} to "
+                f"{last['value']:.2f}{interval(last, digits=2)}"
+            )
+    if told:
+        begin, end = int(steps["step"].iloc[0]), int(steps["step"].iloc[-1])
+        yield Finding(
+            text=f"From step {begin} to {end}: {'; '.join(told)}.", weight=0.6, metric="b_load"
+        )
     for name in PHASES:
         quality = None if name == "stabilisation" else "q1"
         for row in select(table, metric=name, scope="model", quality=quality).to_dict("records"):
@@ -1112,4 +1133,5 @@ ANALYSIS = Analysis(
     findings=findings,
     limits=limits,
     across=across,
+    findings_across=findings_across,
 )

@@ -398,8 +398,13 @@ def loss_sentence(table: pd.DataFrame) -> str:
     return (
         f"The loss changed by {change:+.4f} nats a token "
         f"({single(table, 'nll_change_relative'):+.2%}); {verdict} (within {margin:.4f} nats, "
-        f"0.5 % of the loss: p = {p_equal:.2g}; no change: p = {p_zero:.2g})."
+        f"0.5 % of the loss: {p_text(p_equal)}; no change: {p_text(p_zero)})."
     )
+
+
+def p_text(p: float) -> str:
+    """A p value as text."""
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
 ANALYSIS = Analysis(

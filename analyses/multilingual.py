@@ -199,6 +199,16 @@ def limits(trace: TraceStore, state: "MultilingualState") -> Sequence[str]:
             "The score of each language was not measured: record the trace with --keep nll, or "
             "give scores with --scores."
         )
+    unknown_groups = sorted(set(state.options.scores) - set(trace.groups))
+    if unknown_groups:
+        found.append(f"--scores names groups that the trace lacks: {', '.join(unknown_groups)}.")
+    if reference is not None and state.options.scores:
+        scored = set(state.options.scores) & set(trace.groups) - {trace.groups[reference]}
+        if len(scored) < MIN_CORRELATED:
+            found.append(
+                f"No correlation with the given scores: it takes {MIN_CORRELATED} languages "
+                f"besides the reference, --scores has {len(scored)}."
+            )
     if state.items.is_full:
         found.append(f"Divergence on {state.items.capacity:,} ids, chosen by a hash.")
     num_pairs = len(trace.groups) * (len(trace.groups) - 1) // 2
@@ -264,7 +274,7 @@ class MultilingualState:
         ids = batch.sequences["id"]
         unit = np.array(
             [number if item is None else item_hash(item) & 0x7FFFFFFF
-             for number, item in zip(batch.sequence.tolist(), ids, strict=True)],
+             for number, item in zip(batch.text.tolist(), ids, strict=True)],
             dtype=np.int32,
         )  # fmt: skip
         cell = self.cells.add(unit, batch.group, batch.lengths)

@@ -33,6 +33,7 @@ DIFFERENT = 3
 
 SHOWN = {
     "overlap_at_k": "overlap",
+    "overlap_chance": "chance",
     "exact_set": "exact set",
     "top1_agreement": "top-1",
     "weighted_overlap": "weighted",
@@ -253,15 +254,15 @@ def _trace_table(found: "TraceDiff") -> "RenderableType":
     table.add_column("layer")
     below = "\n  B  floor" if has_floor else ""
     for heading in SHOWN.values():
-        table.add_column(f"{heading}{below}", justify="right")
-    table.add_column("chance", justify="right")
+        has_pair = has_floor and heading != "chance"
+        table.add_column(f"{heading}{below if has_pair else ''}", justify="right")
     rows = found.table[found.table["scope"].isin(["layer", "model"])]
     for layer in [*sorted(rows["layer"].dropna().unique()), None]:
         cells = []
-        for metric in [*SHOWN, "overlap_chance"]:
+        for metric in SHOWN:
             row = select(rows, metric=metric, layer=layer)
             numbers = [row["value"].iloc[0]]
-            if has_floor and metric in SHOWN:
+            if has_floor and metric != "overlap_chance":
                 numbers.append(row["floor"].iloc[0])
             counted = metric in COUNTED
             cells.append(" ".join(_number(number, counted=counted) for number in numbers))

@@ -68,7 +68,9 @@ def probe(
     layers: Annotated[
         str | None,
         typer.Option(
-            metavar="A:B", help="Layers A to B, both included. Default all.", show_default=False
+            metavar="A:B,...",
+            help="Layers A to B, both included, or single ones. Default all.",
+            show_default=False,
         ),
     ] = None,
     together: Annotated[
@@ -131,8 +133,11 @@ def probe(
     from moetools.layer_probe import run_probe
     from moetools.probe_plan import ProbeOptions
 
-    if out is not None:
-        console.settings.resume_hint = "Continue with the same command and --resume."
+    console.settings.resume_hint = (
+        "Nothing was kept: --out keeps what is finished, for --resume."
+        if out is None
+        else "Continue with the same command and --resume."
+    )
     run = run_probe(
         ProbeOptions(
             model=model,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from moetools import registry
 from moetools.options import JsonOption, OutOption, OverwriteOption, SeedOption
 
 
@@ -15,7 +16,11 @@ def report(
     out: OutOption,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="NAME", help="Run this analysis. Repeatable."),
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help=f"Run this analysis. Repeatable. Names: {', '.join(registry.names('analyses'))}.",
+        ),
     ] = None,
     skip: Annotated[
         list[str] | None,
@@ -58,7 +63,10 @@ def report(
     json: JsonOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Run all analyses that the traces allow; write report.html, metrics.json and tables."""
+    """Run all analyses that the traces allow; write report.html, metrics.json and tables.
+
+    Example: moetools report trace/ --out report/
+    """
     from moetools import console
     from moetools.reporting import summary
     from moetools.reporting.report import report as write_report

@@ -108,6 +108,7 @@ class Analysis:
             the reason.
         across: From the finished table of several traces, the rows that are about more than one
             of them; each names in `trace` the one that it belongs to.
+        findings_across: Sentences about several traces together, from the table with all rows.
     """
 
     title: str
@@ -119,6 +120,7 @@ class Analysis:
     findings: Callable[[pd.DataFrame], Iterable[Finding]]
     limits: Callable[[TraceStore, Any], Sequence[str]] = lambda trace, state: ()
     across: Callable[[pd.DataFrame], pd.DataFrame | None] = lambda table: None
+    findings_across: Callable[[pd.DataFrame], Iterable[Finding]] = lambda table: ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,7 +102,8 @@ class _PlainMeter(Meter):
     def advance(self, amount: int) -> None:
         super().advance(amount)
         now = time.monotonic()
-        if now - self._last < PLAIN_LINE_SECONDS:
+        finished = self.done >= self._total and self._last > self._start
+        if now - self._last < PLAIN_LINE_SECONDS and not finished:
             return
         self._last = now
         rate = (self.done - self._initial) / (now - self._start)

@@ -141,17 +141,23 @@ def plan_jobs(
     return jobs, notes
 
 
-def parse_layers(text: str) -> range:
-    """`A:B`, both included, or `A`.
+def parse_layers(text: str) -> set[int]:
+    """Layers as `A:B`, both included, or `A`, several of them with commas.
 
     Raises:
         RequestError: Anything else.
     """
-    first, separator, last = text.partition(":")
-    last = last if separator else first
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-        raise RequestError(f"--layers {text}: expected A:B, first and last layer, such as 2:5.")
-    return range(int(first), int(last) + 1)
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, separator, last = part.strip().partition(":")
+        last = last if separator else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+            raise RequestError(
+                f"--layers {text}: expected A:B, first and last layer, such as 2:5; or several, "
+                "such as 0,2:5."
+            )
+        layers |= set(range(int(first), int(last) + 1))
+    return layers
 
 
 def check_options(options: ProbeOptions) -> None:

@@ -24,7 +24,7 @@ from moetools.errors import TraceError
 from moetools.files import atomic_file, write_json
 
 FORMAT = "moetools-trace"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 ROW_GROUP_BYTES = 48 << 20
 ROW_GROUP_TOKENS = 1 << 16

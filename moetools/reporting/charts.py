@@ -18,13 +18,17 @@ def lines_by_layer(axes: Axes, rows: pd.DataFrame, *, label: str = "", **options
         axes: Where to draw.
         rows: Rows of one metric with a layer.
         label: What the line is called, before the trace's name if there are several.
-        **options: Passed to `Axes.plot`; `color` stands for all traces.
+        **options: Passed to `Axes.plot`; a `color` stands for all traces, which are then named
+            once.
     """
     traces = list(dict.fromkeys(rows["trace"]))
     for i, trace in enumerate(traces):
         line = rows[rows["trace"] == trace].sort_values("layer")
         drawn = {"color": style.COLORS[i % len(style.COLORS)], "marker": "o", **options}
-        name = " ".join([label, trace]).strip() if len(traces) > 1 else label
+        name = label
+        if len(traces) > 1:
+            for_all = "color" in options
+            name = (label if i == 0 else "") if for_all else " ".join([label, trace]).strip()
         x = line["layer"].to_numpy(int)
         axes.plot(x, line["value"].to_numpy(float), label=name or None, **drawn)
         low, high = line["low"].to_numpy(float), line["high"].to_numpy(float)

@@ -63,7 +63,7 @@ def render(
         traces: The traces that were analysed.
         analyses: Those that ran, by name.
         metrics: The document of `metrics.json`; every number in a table is one of its records.
-        findings: Sentences about each trace, by its name.
+        findings: Sentences about each trace, by its name, and about all together.
         images: Pictures by the name of their analysis.
     """
     sections = [

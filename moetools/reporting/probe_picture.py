@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from moetools.reporting import style
 
 LOWEST_SHOWN = -0.5
-"""Substitutabilities below are drawn at the edge."""
+"""Substitutabilities below are drawn at the edge, with their value."""
 
 SPREAD = 0.6
 """Layers that the markers of one layer share between them."""
@@ -76,9 +76,19 @@ def _draw(axes: Axes, rows: pd.DataFrame, names: tuple[str, ...], lowest: float 
         line = line.sort_values("x")
         value, low, high = (np.maximum(line[each].to_numpy(float), lowest) for each in names)
         skipped = name in ("skip", "mean")
+        x = line["x"].to_numpy(float) + SPREAD * ((i + 0.5) / len(groups) - 0.5)
+        for place, below in zip(x, line[names[0]], strict=True):
+            if below < lowest:
+                axes.annotate(
+                    f"▼ {below:.2f}",
+                    (place, lowest),
+                    (4, -2),
+                    fontsize=7,
+                    textcoords="offset points",
+                )
         number = policies.index(policy) if policy in policies else 0
         axes.errorbar(
-            line["x"].to_numpy(float) + SPREAD * ((i + 0.5) / len(groups) - 0.5),
+            x,
             value,
             yerr=np.maximum([value - low, high - value], 0),
             label=f"{name}, {policy}" if len(policies) > 1 and policy in policies else str(name),
@@ -88,5 +98,5 @@ def _draw(axes: Axes, rows: pd.DataFrame, names: tuple[str, ...], lowest: float 
             elinewidth=1.2,
         )
     axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

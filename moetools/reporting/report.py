@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AnyPath = str | PathLike[str]
 STEP_SOURCES = ("name", "manifest")
+ALL_TRACES = "All traces"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,8 @@ class Report:
         traces: The traces, opened.
         results: Full tables, and reasons for what did not run.
         metrics: The document of `metrics.json`.
-        findings: Sentences about each trace by its name, most unusual first.
+        findings: Sentences about each trace by its name, most unusual first; under
+            `ALL_TRACES` about several together.
     """
 
     path: Path
@@ -92,6 +94,7 @@ def report(
         scores=scores if isinstance(scores, Mapping) else read_scores(Path(scores)),
     )
     inputs = [*paths, *(path for name in names if (path := Path(name)).exists())]
+    refuse_unused(options, stores)
     with output_folder(Path(out), kind="report", overwrite=overwrite, inputs=inputs) as folder:
         written = write(stores, folder.path, chosen=chosen, options=options, csv=csv)
     return replace(written, path=Path(out))
@@ -123,7 +126,15 @@ def write(
         raise RequestError(f"No analysis can read these traces. {reasons}")
     analyses = {name: registry.load("analyses", name).ANALYSIS for name in results.tables}
     document = metrics.document(traces, results)
-    findings = {trace.name: all_findings(analyses, results.tables, trace.name) for trace in traces}
+    together = [
+        finding
+        for name, table in results.tables.items()
+        if table["trace"].nunique() > 1
+        for finding in analyses[name].findings_across(table)
+    ]
+    findings = {ALL_TRACES: together} if together else {}
+    for trace in traces:
+        findings[trace.name] = all_findings(analyses, results.tables, trace.name)
     write_tables(folder / "tables", results.tables, csv=csv)
     metrics.write(folder / "metrics.json", document)
     console.note("Drawing the report")
@@ -202,6 +213,18 @@ def open_models(names: Sequence[str]) -> "tuple[Checkpoint, ...]":
     from moetools.checkpoint import Checkpoint
 
     return tuple(Checkpoint.open(name) for name in names)
+
+
+def refuse_unused(options: Options, traces: Sequence[TraceStore]) -> None:
+    """Refuse a model that none of the traces was recorded from.
+
+    Raises:
+        RequestError: There is one.
+    """
+    for model in options.models:
+        reasons = [analysis.model_of(t, replace(options, models=(model,))) for t in traces]
+        if reasons and all(isinstance(reason, str) for reason in reasons):
+            raise RequestError(f"--model {model.name}: {reasons[0]}")
 
 
 def read_scores(path: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A report as lines for a terminal, and as one JSON document."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +9,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from moetools.analysis import Finding
 from moetools.reporting import page, tables
-from moetools.reporting.report import Report
+from moetools.reporting.report import ALL_TRACES, Report
 
 MAX_LAYERS = 24
 
@@ -18,21 +19,19 @@ MAX_LAYERS = 24
 def lines(report: Report) -> Iterator[RenderableType]:
     """What a terminal shows: coverage, findings in words, main numbers, where the rest is."""
     several = len(report.traces) > 1
+    if ALL_TRACES in report.findings:
+        yield Text(ALL_TRACES, style="bold")
+        yield from _findings(report.findings[ALL_TRACES])
     for trace in report.traces:
         manifest = trace.manifest
-        yield Text(f"{trace.name}: {manifest.model}" if several else manifest.model, style="bold")
+        named = several and trace.name != manifest.model
+        yield Text(f"{trace.name}: {manifest.model}" if named else manifest.model, style="bold")
         groups = f", {len(trace.groups)} groups" if trace.groups else ""
         coverage = manifest.coverage or f"{trace.num_tokens:,} tokens"
         yield Text(f"{coverage}; {trace.num_sequences:,} sequences{groups}")
         if not manifest.complete:
             yield Text("This trace is incomplete.", style="bold")
-        unusual, usual = page.split_findings(report.findings[trace.name])
-        yield Text()
-        for heading, found in (("Unusual", unusual), ("Also", usual)):
-            if found:
-                yield Text(heading, style="bold")
-                yield from (_item(finding.text) for finding in found)
-        yield Text()
+        yield from _findings(report.findings[trace.name])
     table = tables.headline_table(report.metrics, [trace.name for trace in report.traces])
     if table.rows:
         step = -(-len(table.rows) // MAX_LAYERS)
@@ -49,6 +48,16 @@ def as_json(report: Report) -> dict[str, Any]:
         trace: [asdict(finding) for finding in found] for trace, found in report.findings.items()
     }
     return {**report.metrics, "findings": findings, "report": str(report.path / "report.html")}
+
+
+def _findings(found: Iterable[Finding]) -> Iterator[RenderableType]:
+    unusual, usual = page.split_findings(found)
+    yield Text()
+    for heading, some in (("Unusual", unusual), ("Also", usual)):
+        if some:
+            yield Text(heading, style="bold")
+            yield from (_item(finding.text) for finding in some)
+    yield Text()
 
 
 def _item(text: str) -> RenderableType:

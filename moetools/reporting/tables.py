@@ -12,6 +12,9 @@ from moetools.reporting.headlines import Headline
 
 MAX_ROWS = 100
 MAX_COLUMNS = 10
+MANY_TRACES = 3
+"""More than so many are the rows of a table, not its columns."""
+
 USUAL_PARAMETERS: dict[str, Any] = {
     "m": 16, "rho": 2, "accounting": "strict", "cold": "hit", "pool": "layer", "policy": "lru",
     "served": 0.9,
@@ -78,6 +81,16 @@ def headline_table(metrics: Metrics, traces: Sequence[str]) -> Table:
         place = by_trace[trace].get(headline, {}).get(layer)
         return MISSING if place is None else cells[headline.analysis][place]
 
+    if len(traces) > MANY_TRACES:
+        return Table(
+            title="Main numbers of the whole model",
+            names=("trace",),
+            columns=[(headline.heading, headline.metric) for headline in found],
+            rows=[
+                [_name(trace), *(cell(headline, trace, None) for headline in found)]
+                for trace in (traces if found else [])
+            ],
+        )
     if len(traces) > 1:
         return Table(
             title="Main numbers of the whole model",

@@ -172,7 +172,7 @@ def test_traces_that_cannot_be_read(capsys, tmp_path, tiny_checkpoint, parallel_
     manifest = json.loads((trace / MANIFEST).read_text(encoding="utf-8"))
     for change, message in (
         ({"complete": False}, "is incomplete"),
-        ({"format_version": 99}, "has trace format 99; this moetools reads format 1"),
+        ({"format_version": 99}, "has trace format 99; this moetools reads format 2"),
         ({"format": "other"}, "not the manifest of a moetools trace"),
         ({"routers": [{"name": "00"}]}, "is damaged"),
     ):

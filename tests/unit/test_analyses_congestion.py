@@ -366,7 +366,8 @@ def test_phases_of_a_planted_run():
     assert agreement["step"] == 400
     keys = [c for c in table.columns if c not in ("value", "low", "high", "num_tokens")]
     assert not table.duplicated(keys).any()
-    texts = [f.text for f in ANALYSIS.findings(table[table["trace"] == "step200"])]
+    texts = [f.text for f in ANALYSIS.findings_across(table)]
+    assert texts[0].startswith("From step 0 to 400: the busiest expert's load over the mean (B)")
     assert any(
         "Surge of gamma_eff from step 0 to 200: +" in t and ", resolved." in t for t in texts
     )
@@ -383,11 +384,7 @@ def test_noise_is_no_phase():
     steady = row_of(table, "stabilisation")
     assert row_of(table, "stabilisation_resolved")["value"] == 1
     assert (steady["from_step"], steady["step"]) == (0, 300)
-    texts = [
-        finding.text
-        for trace in table["trace"].unique()
-        for finding in ANALYSIS.findings(table[table["trace"] == trace])
-    ]
+    texts = [finding.text for finding in ANALYSIS.findings_across(table)]
     assert any("not resolved" in text for text in texts)
     assert any(
         "Stabilisation of B from step 0 to 300: the 95 % intervals all overlap." in text
@@ -436,5 +433,5 @@ def test_phases_at_the_upper_bound_are_not_resolved():
     surge = row_of(table, "surge", quality="q1")
     assert surge["low"] > 0
     assert row_of(table, "surge_resolved", quality="q1")["value"] == 0
-    texts = [finding.text for finding in ANALYSIS.findings(table[table["trace"] == "step1"])]
+    texts = [finding.text for finding in ANALYSIS.findings_across(table)]
     assert any("upper bound in some layer" in text for text in texts)

@@ -15,6 +15,7 @@ from moetools import cli, probing
 from moetools.batching import load_tokenizer
 from moetools.errors import MoEToolsError
 from moetools.loading import load_model
+from moetools.probe_plan import parse_layers
 from moetools.scoring import text_nll
 
 ALL = ",".join(probing.OPERATORS)
@@ -384,6 +385,7 @@ def test_resuming_recomputes_what_is_missing_alone(capsys, tiny, texts, tmp_path
     [
         (["--layers", "5:2"], "--layers 5:2: expected A:B"),
         (["--layers", "x"], "--layers x: expected A:B"),
+        (["--layers", "0,"], "such as 0,2:5"),
         (["--layers", "7"], "no router to probe there. Layers with one: 0, 1, 2, 3"),
         (["--operators", "uniform,nexk-k"], "Did you mean 'next-k'"),
         (["--weights", "none"], "--weights none: expected one of carry, own, equal"),
@@ -429,3 +431,8 @@ def test_a_router_of_nan_stops_the_run(capsys, tmp_path, texts):
     code, _, err = moetools_cli(capsys, "probe", tmp_path / "model", "--data", texts, "--quiet")
     assert code == 2
     assert "NaN in router 01" in err
+
+
+def test_layers_as_typed():
+    assert parse_layers("3") == {3}
+    assert parse_layers("0,2:4") == {0, 2, 3, 4}

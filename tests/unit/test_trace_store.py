@@ -139,8 +139,8 @@ def test_an_incomplete_trace_is_refused_and_read_partially(tmp_path):
         ("[]", "not the manifest"),
         ('{"format": "else"}', "not the manifest"),
         ("{", "cannot be read"),
-        ('{"format": "moetools-trace", "format_version": 2}', "has trace format 2"),
-        ('{"format": "moetools-trace", "format_version": 1}', "is damaged"),
+        ('{"format": "moetools-trace", "format_version": 1}', "has trace format 1"),
+        ('{"format": "moetools-trace", "format_version": 2}', "is damaged"),
     ],
 )
 def test_a_damaged_manifest_is_named(tmp_path, content, message):
