@@ -122,6 +122,40 @@ def jackknife_interval(
     return np.clip(value - half, *bounds), np.clip(value + half, *bounds)
 
 
+def fieller_interval(
+    numerator: NDArray[Any] | float,
+    denominator: NDArray[Any] | float,
+    *,
+    variances: tuple[NDArray[Any] | float, NDArray[Any] | float],
+    covariance: NDArray[Any] | float,
+    quantile: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Interval of the ratio of two estimates, which holds for denominators near zero too.
+
+    Args:
+        numerator: [...] estimate.
+        denominator: [...] estimate.
+        variances: [...] of both.
+        covariance: [...] of the two.
+        quantile: Of the normal or t distribution, such as 1.96.
+
+    Returns:
+        Lower and upper ends, [...]; NaN unless the denominator is clearly above zero.
+    Source:
+        Fieller 1954, J. R. Statist. Soc. B 16, 175.
+    """
+    a, b = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    square = quantile**2
+    first = b**2 - square * variances[1]
+    second = a * b - square * covariance
+    third = a**2 - square * variances[0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        clear = (b > 0) & (first > 0)
+        root = np.sqrt(np.maximum(second**2 - first * third, 0))
+        low, high = (second - root) / first, (second + root) / first
+    return np.where(clear, low, np.nan), np.where(clear, high, np.nan)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
     """Some of a trace's sequences, all or those of one group, and their bootstrap draws.

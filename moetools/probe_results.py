@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moetools.equivalence import Equivalence, holm, ratio_values, tost_paired
+from moetools.intervals import fieller_interval
 
 NLL_MARGIN = 0.005
 """Of the native negative log-likelihood."""
@@ -226,24 +227,22 @@ def _ratio_interval(
     Returns:
         Its ends; NaN where it has none because the denominator may be 0.
     Source:
-        Fieller 1954, J. R. Statist. Soc. B 16, 175: the ratios r at which a t test does not reject
-        that the mean of numerator - r * denominator is 0. Its degrees of freedom are those at
-        the ratio found.
+        `fieller_interval`: the ratios r at which a t test does not reject that the mean of
+        numerator - r * denominator is 0. Its degrees of freedom are those at the ratio found.
     """
     from scipy.special import stdtrit
 
     found = numerator.mean() / denominator.mean()
     df = _tested(numerator - found * denominator, margin=1.0).df
-    square = stdtrit(df, 1 - LEVEL / 2) ** 2
     covariance = np.cov(numerator.mean(axis=0), denominator) / len(denominator)
-    variance = _tested(numerator, margin=1.0).error ** 2
-    first = denominator.mean() ** 2 - square * covariance[1, 1]
-    second = numerator.mean() * denominator.mean() - square * covariance[0, 1]
-    third = numerator.mean() ** 2 - square * variance
-    if not first > 0:
-        return math.nan, math.nan
-    root = math.sqrt(max(second**2 - first * third, 0.0))
-    return (second - root) / first, (second + root) / first
+    low, high = fieller_interval(
+        numerator.mean(),
+        denominator.mean(),
+        variances=(_tested(numerator, margin=1.0).error ** 2, covariance[1, 1]),
+        covariance=covariance[0, 1],
+        quantile=float(stdtrit(df, 1 - LEVEL / 2)),
+    )
+    return float(low), float(high)
 
 
 def _mean(sums: NDArray[np.float64], count: float) -> float | None:

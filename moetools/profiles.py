@@ -24,6 +24,7 @@ from scipy.stats import rankdata
 
 from moetools.compiling import compiled
 from moetools.information import entropy
+from moetools.intervals import fieller_interval
 
 MIN_ROOM = 1e-6
 """Nats that two profiles must be below uniform; what is closer counts as this."""
@@ -518,7 +519,7 @@ def mean_between_items(
 
 
 def ratio_of_draws(numerator: Floats, denominator: Floats) -> tuple[Floats, Floats, Floats]:
-    """A ratio of two estimates with its interval, which holds for denominators near zero too.
+    """A ratio of two estimates with its interval (`fieller_interval`).
 
     Args:
         numerator: [1 + B, ...] the estimate, then bootstrap draws of it.
@@ -527,20 +528,17 @@ def ratio_of_draws(numerator: Floats, denominator: Floats) -> tuple[Floats, Floa
     Returns:
         [...] the ratio and the ends of its 95 % interval; NaN unless the denominator is clearly
         above zero.
-    Source:
-        Fieller, 1954, with variances and covariance of the draws.
     """
-    a, b = numerator[0], denominator[0]
     move_a, move_b = numerator[1:] - numerator[1:].mean(axis=0), denominator[1:]
     move_b = move_b - move_b.mean(axis=0)
-    square = NORMAL_975**2 / max(1, len(move_a) - 1)
-    variance_a, variance_b = square * (move_a**2).sum(axis=0), square * (move_b**2).sum(axis=0)
-    first = b**2 - variance_b
-    second = a * b - square * (move_a * move_b).sum(axis=0)
-    third = a**2 - variance_a
+    freedom = max(1, len(move_a) - 1)
+    low, high = fieller_interval(
+        numerator[0],
+        denominator[0],
+        variances=((move_a**2).sum(axis=0) / freedom, (move_b**2).sum(axis=0) / freedom),
+        covariance=(move_a * move_b).sum(axis=0) / freedom,
+        quantile=NORMAL_975,
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
-        clear = (b > 0) & (first > 0)
-        root = np.sqrt(np.maximum(second**2 - first * third, 0))
-        found = a / b, (second - root) / first, (second + root) / first
-    value, low, high = (np.where(clear, part, np.nan) for part in found)
+        value = np.where(np.isnan(low), np.nan, numerator[0] / denominator[0])
     return value, low, high
