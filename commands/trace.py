@@ -174,12 +174,14 @@ def lines(run: "TraceRun", out: Path) -> list[str]:
         sequences += f" in {len(groups)} groups ({_some(groups)}"
         reference = found["reference_group"]
         sequences += f"; reference {reference})" if reference else ")"
+    per_expert = f" ({found['tokens_bytes'] / selections:.2f} bytes per selected expert)"
+    if set(run.store.manifest.keep) - {"nll"}:
+        per_expert = f" with {', '.join(run.store.manifest.keep)}"
     shown = [
         f"[bold]{found['model']}[/bold] on {found['device']} in {found['dtype']}",
         f"  coverage   {found['coverage']}",
         f"  data       {sequences}",
-        f"  size       {_bytes(found['tokens_bytes'])} for tokens "
-        f"({found['tokens_bytes'] / selections:.2f} bytes per selected expert), "
+        f"  size       {_bytes(found['tokens_bytes'])} for tokens{per_expert}, "
         f"{_bytes(found['sequences_bytes'])} for sequences",
     ]
     if found["seconds"] > 0:

@@ -91,7 +91,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         usage_message = getattr(error, "format_message", None)  # its class differs by typer release
         if usage_message:
-            return _failed(f"{usage_message()} See: moetools COMMAND --help", EXIT_USAGE)
+            command = "" if arguments[0].startswith("-") else f"{arguments[0]} "
+            return _failed(f"{usage_message()} See: moetools {command}--help", EXIT_USAGE)
         if type(error).__name__ == "OutOfMemoryError":
             return _machine_failed(error)
         return _failed(f"Unexpected {type(error).__name__}: {error}", EXIT_BUG)
