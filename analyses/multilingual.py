@@ -1113,7 +1113,9 @@ def score_findings(table: pd.DataFrame) -> Iterator[Finding]:
     text = f"Over {count:.0f} languages divergence and {of_score} "
     text += "correlate" if p < 0.05 else "do not clearly correlate"
     rho, p_ranks = single(ranks, "divergence_score_r"), single(ranks, "divergence_score_p")
-    text += f": r = {interval(row, 2)}, permutation p = {p:.2g}; by ranks {rho:.2f}, p = {p_ranks:.2g}"
+    text += (
+        f": r = {interval(row, 2)}, permutation p = {p:.2g}; by ranks {rho:.2f}, p = {p_ranks:.2g}"
+    )
     layers = select(pearson, metric="divergence_score_r", scope="layer").dropna(subset=["value"])
     if len(layers) > 1:
         strongest = layers.iloc[int(layers["value"].abs().to_numpy(float).argmax())]
