@@ -493,7 +493,7 @@ class TraceStore:
         schemas = (token_schema(self.manifest), sequence_schema(self.manifest))
         for path, schema in zip(_part_paths(self.path, part), schemas, strict=True):
             try:
-                file = pq.ParquetFile(path, memory_map=True)
+                file = pq.ParquetFile(path)
             except FileNotFoundError:
                 raise TraceError(f"{path} is missing. Record the trace again.") from None
             except (OSError, pa.ArrowInvalid) as error:
