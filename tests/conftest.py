@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_settings():
+    """What one command line asked for does not reach the next test."""
+    from moetools import console
+
+    before = replace(console.settings)
+    yield
+    for field in fields(before):
+        setattr(console.settings, field.name, getattr(before, field.name))
 
 
 @pytest.fixture(scope="session")

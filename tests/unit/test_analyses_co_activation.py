@@ -59,7 +59,7 @@ def test_counts_equal_a_plain_loop(tmp_path):
         tmp_path / "t", {"00": a, "01": b}, [50, 1, 69], num_experts={"00": 6, "01": 5}
     )
     state = module.ANALYSIS.start(trace, analysis.Options())
-    for batch in trace.batches(module.ANALYSIS.columns(trace)):
+    for batch in trace.batches(module.ANALYSIS.columns(trace, analysis.Options())):
         state.update(batch)
     pairs, joint, shifted = np.zeros((6, 6)), np.zeros((6, 5)), np.zeros((6, 5))
     for t in range(120):
