@@ -134,6 +134,7 @@ class Checkpoint:
         self.trust_remote_code = trust_remote_code
         self.revision = source.commit if isinstance(source, HubRepository) else None
         self._source = source
+        self._hashes: dict[str, str] = {}
 
     @classmethod
     def open(cls, model: str, *, trust_remote_code: bool = False) -> "Checkpoint":
@@ -241,10 +242,16 @@ class Checkpoint:
     def fingerprint(self, keys: Iterable[str]) -> dict[str, str]:
         """Sha256 (hexadecimal) of the raw bytes of each tensor, as they lie on disk.
 
+        Each is read once, when it is first asked for.
+
         Raises:
             KeyError: The checkpoint has no such key.
         """
-        return {key: self._sha256(self.tensors[key]) for key in keys}
+        keys = tuple(keys)
+        for key in keys:
+            if key not in self._hashes:
+                self._hashes[key] = self._sha256(self.tensors[key])
+        return {key: self._hashes[key] for key in keys}
 
     def has_tokenizer(self) -> bool | None:
         """Whether a tokenizer lies beside the weights, by file name; None if it cannot be seen."""

@@ -61,8 +61,10 @@ def same_kind(a: str, b: str) -> Kind:
 
 def is_trace(path: Path) -> bool:
     """Whether a folder holds a trace, finished or not."""
+    from moetools.trace_store import FORMAT, MANIFEST
+
     try:
-        document = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        document = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(document, dict) and document.get("format") == "moetools-trace"
+    return isinstance(document, dict) and document.get("format") == FORMAT
