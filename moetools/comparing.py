@@ -42,20 +42,19 @@ from moetools.expert_counts import count_selections
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, expert_outputs, read_call
 from moetools.intervals import Cells, Scope
 from moetools.loading import empty_model, load_model
-from moetools.routing import ScoringRule, common_rules, fitting_rules, tied_tokens
-from moetools.texts import HUB_TOKENS, TextData, read_texts
-from moetools.tracing import (
+from moetools.opening import (
     BATCH_TOKENS,
     dtype_name,
-    padded,
     pick_device,
     pick_dtype,
     pick_sequence_length,
-    router_tensor,
     show_bars,
     switch_off_extras,
     usable_memory,
 )
+from moetools.routing import ScoringRule, common_rules, fitting_rules, tied_tokens
+from moetools.texts import HUB_TOKENS, TextData, read_texts
+from moetools.tracing import padded, router_tensor
 
 CELLS = ("router_only", "input_only", "total")
 CHECKS = ("again", "floor")

@@ -9,11 +9,8 @@ N tokens of the evaluation data, D documents, K experts per token, E experts, V 
 
 import importlib.metadata
 import json
-import math
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,16 @@ import numpy as np
 import pandas as pd
 
 from moetools import console
-from moetools.architectures import find_routers
-from moetools.architectures import refusal as family_refusal
 from moetools.batching import (
     TokenSequence,
     fingerprint,
-    load_tokenizer,
     make_sequences,
     tokenise,
 )
 from moetools.checkpoint import Checkpoint
-from moetools.errors import ArchitectureError, DataError, OutputError
+from moetools.errors import DataError, OutputError
 from moetools.files import OutputFolder, atomic_file, check_output, output_folder, write_json
-from moetools.loading import empty_model, load_model
+from moetools.opening import open_model
 from moetools.probe_passes import Passes, ProbeData, task_evaluation, text_evaluation
 from moetools.probe_plan import Job, ProbeOptions, check_options, plan_jobs
 from moetools.probe_results import Native, probe_results
@@ -48,17 +42,7 @@ from moetools.scoring import (
     read_items,
 )
 from moetools.texts import read_texts
-from moetools.tracing import (
-    OFFLOAD,
-    dtype_name,
-    local_inputs,
-    pick_device,
-    pick_dtype,
-    pick_sequence_length,
-    pick_spread,
-    scratch_folder,
-    show_bars,
-)
+from moetools.tracing import OFFLOAD, local_inputs
 
 STARTED = "started.json"
 NATIVE = "native.json"
@@ -124,21 +108,16 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
     }
     if options.out is not None:
         check_output(options.out, **claim)
-    device = pick_device(options.device)
-    checkpoint = Checkpoint.open(options.model, trust_remote_code=options.trust_remote_code)
-    reason = family_refusal(checkpoint.config_dict, trust_remote_code=options.trust_remote_code)
-    if reason is not None:
-        raise ArchitectureError(f"{options.model} cannot be probed: {reason}.")
-    config = checkpoint.config()
-    specs = find_routers(
-        empty_model(config, trust_remote_code=options.trust_remote_code),
-        {key: info.shape for key, info in checkpoint.tensors.items()},
-    ).routers
-    jobs, notes = plan_jobs(specs, config.get_text_config().num_hidden_layers, options)
-    show_bars(sys.stderr.isatty() and not console.settings.quiet)
-    path = checkpoint.local_path()
-    tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-    length = pick_sequence_length(options.sequence_length, config.get_text_config())
+    opened = open_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        purpose="probed",
+    )
+    tokenizer, device = opened.tokenizer, opened.device
+    jobs, notes = plan_jobs(opened.routers, opened.text_config.num_hidden_layers, options)
+    length = opened.sequence_length(options.sequence_length)
     sequences = _sequences(options.data, tokenizer, length, options)
     calibration = []
     if options.calibration:
@@ -147,17 +126,14 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
     rows: list[ScoredRow] = []
     if options.tasks is not None:
         items = read_items(options.tasks)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        rows = choice_rows(items, tokenizer, limit=positions)
+        rows = choice_rows(items, tokenizer, limit=opened.num_positions)
     data = ProbeData(
         texts=text_evaluation(sequences),
         tasks=task_evaluation(items, rows),
         items=items,
         calibration=text_evaluation(calibration),
     )
-    num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    dtype = pick_dtype(options.dtype, device, num_parameters)
-    summary = _summary(options, checkpoint, sequences, data, dtype_name(dtype), device.type)
+    summary = _summary(options, opened.checkpoint, sequences, data, opened.dtype_name, device.type)
     started = _started(options, summary, sequences, calibration, data)
     output = nullcontext() if options.out is None else output_folder(options.out, **claim)
     with output as folder:
@@ -165,17 +141,8 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
         missing = [job for job in jobs if not store.has(job)]
         missing.sort(key=lambda job: job.first)
         if missing:
-            console.note(f"Loading {options.model} ({summary['dtype']}, {device}) ...")
-            with _scratch(folder) as scratch:
-                model = load_model(
-                    path,
-                    dtype=dtype,
-                    device=device,
-                    trust_remote_code=options.trust_remote_code,
-                    spread=pick_spread(
-                        options.model, num_parameters * dtype.itemsize, device, scratch
-                    ),
-                )
+            scratch = None if folder is None else folder.path / OFFLOAD
+            with opened.load(scratch=scratch) as model:
                 run = Passes(model, options, data, missing, device)
                 store.begin({"notes": [*notes, *run.prepare()], **run.native_values()})
                 with console.progress("Probing", run.num_tokens, "tokens") as meter:
@@ -194,17 +161,6 @@ def run_probe(options: ProbeOptions) -> ProbeRun:
         if folder is not None:
             _write(folder.path, finished)
     return finished
-
-
-@contextmanager
-def _scratch(folder: OutputFolder | None) -> Iterator[Path]:
-    """A folder for the parts of a model that go to disk."""
-    if folder is None:
-        with tempfile.TemporaryDirectory() as name:
-            yield Path(name)
-    else:
-        with scratch_folder(folder.path / OFFLOAD) as path:
-            yield path
 
 
 def _inputs(options: ProbeOptions) -> list[Path]:

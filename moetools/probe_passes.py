@@ -18,6 +18,7 @@ from moetools import console
 from moetools.batching import TokenSequence
 from moetools.errors import ArchitectureError, RequestError, RoutingError
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
+from moetools.opening import BATCH_TOKENS
 from moetools.probe_plan import Job, ProbeOptions, Variant
 from moetools.probing import (
     OPERATORS,
@@ -41,7 +42,7 @@ from moetools.scoring import (
     model_arguments,
     plan_batches,
 )
-from moetools.tracing import BATCH_TOKENS, router_tensor, switch_off_extras
+from moetools.tracing import router_tensor
 
 
 class Evaluation:
@@ -199,7 +200,6 @@ class Passes:
         self._native_loglik: list[NDArray[np.float64]] = []
         self._first_logits: Tensor | None = None
         self._state_layer = jobs[0].first
-        switch_off_extras(model)
         weight = model.get_input_embeddings().weight
         self._device = device if weight.is_meta else weight.device
         vocab_size = model.config.get_text_config().vocab_size

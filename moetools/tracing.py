@@ -15,11 +15,7 @@ are rare, too. `--dtype`, `--experts-implementation` and `--batch-tokens` decide
 """
 
 import importlib.metadata
-import importlib.util
-import math
 import os
-import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,21 +32,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moetools import console
-from moetools.architectures import RouterSpec, find_routers, refusal
+from moetools.architectures import RouterSpec
 from moetools.batching import (
     Part,
     TokenSequence,
     fingerprint,
-    load_tokenizer,
     make_sequences,
     plan_parts,
     tokenise,
 )
 from moetools.checkpoint import Checkpoint
-from moetools.errors import ArchitectureError, MachineError, RequestError, RoutingError, TraceError
+from moetools.errors import RequestError, RoutingError, TraceError
 from moetools.files import check_output, output_folder
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
-from moetools.loading import Spread, empty_model, load_model
+from moetools.opening import BATCH_TOKENS, open_model
 from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
 from moetools.trace_store import (
@@ -71,13 +66,9 @@ from moetools.trace_store import (
 KEEPS = ("logits", "inputs", "norms", "outputs", "predictions", "nll")
 SAMPLED = ("logits", "inputs", *OUTPUT_STATISTICS)
 SAMPLED_KEEPS = ("logits", "inputs", "norms", "outputs")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SEQUENCE_LENGTH = 512
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
 LOGITS_PER_BATCH = 1 << 29
 PART_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 16, "mps": 1 << 15}
 PART_BYTES = 1 << 29
-MEMORY_SHARE = 0.8
 OFFLOAD = "offload"
 PENDING_WRITES = 4
 
@@ -104,7 +95,7 @@ class TraceOptions:
         keep_tokens: Keep logits, inputs, norms and outputs of so many tokens only, drawn at random.
         seed: Of that draw.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto` or a name of `DTYPES`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
         experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None as in `load_model`.
         trust_remote_code: Run code that comes with the checkpoint.
         allow_nan: Record NaN instead of stopping.
@@ -189,23 +180,15 @@ def record(options: TraceOptions) -> TraceRun:
         "inputs": local_inputs(options.model, options.data),
     }
     check_output(options.out, **claim)
-    device = pick_device(options.device)
-    checkpoint = Checkpoint.open(options.model, trust_remote_code=options.trust_remote_code)
-    reason = refusal(checkpoint.config_dict, trust_remote_code=options.trust_remote_code)
-    if reason is not None:
-        raise ArchitectureError(f"{options.model} cannot be recorded: {reason}.")
-    config = checkpoint.config()
-    shapes = {key: info.shape for key, info in checkpoint.tensors.items()}
-    discovery = find_routers(
-        empty_model(config, trust_remote_code=options.trust_remote_code), shapes
+    opened = open_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        purpose="recorded",
     )
-    show_bars(sys.stderr.isatty() and not console.settings.quiet)
-    if checkpoint.path is None:
-        console.note(f"Fetching {options.model} ({checkpoint.num_bytes / 1e9:.1f} GB) ...")
-    path = checkpoint.local_path()
-    tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
-    text_config = config.get_text_config()
-    sequence_length = pick_sequence_length(options.sequence_length, text_config)
+    checkpoint, device, tokenizer = opened.checkpoint, opened.device, opened.tokenizer
+    sequence_length = opened.sequence_length(options.sequence_length)
     data = _read(options, tokenizer)
     sequences = make_sequences(
         data.texts,
@@ -216,28 +199,26 @@ def record(options: TraceOptions) -> TraceRun:
         max_sequences=options.max_sequences,
         max_tokens=options.max_tokens,
     )
-    num_parameters = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-    dtype = pick_dtype(options.dtype, device, num_parameters)
     manifest = TraceManifest(
         model=options.model,
         revision=checkpoint.revision,
         family=checkpoint.model_type,
-        routers=_traced_routers(discovery.routers, checkpoint),
-        ignored_routers=dict(discovery.ignored),
+        routers=_traced_routers(opened.routers, checkpoint),
+        ignored_routers=dict(opened.discovery.ignored),
         config=checkpoint.config_dict,
         num_sequences=len(sequences),
         num_tokens=sum(len(sequence.token_ids) for sequence in sequences),
         groups=data.groups,
         reference_group=data.reference_group,
-        dtype=dtype_name(dtype),
+        dtype=opened.dtype_name,
         device=device.type,
         data=_describe_data(options, data),
         keep=options.keep,
-        hidden_size=text_config.hidden_size,
+        hidden_size=opened.text_config.hidden_size,
         has_nll="nll" in options.keep,
         seed=options.seed,
         versions=_versions(),
-        plan=_plan(options, device, sequences, sequence_length, text_config.vocab_size),
+        plan=_plan(options, device, sequences, sequence_length, opened.text_config.vocab_size),
     )
     if options.part_tokens is None:
         manifest.plan["part_tokens"] = min(PART_TOKENS[device.type], _part_limit(manifest))
@@ -249,20 +230,13 @@ def record(options: TraceOptions) -> TraceRun:
             path=folder.path,
             manifest=manifest,
             sequences=sequences,
-            specs=discovery.routers,
+            specs=opened.routers,
         )
         if run.missing:
-            console.note(f"Loading {options.model} ({manifest.dtype}, {device}) ...")
-            with scratch_folder(folder.path / OFFLOAD) as scratch:
-                num_bytes = num_parameters * dtype.itemsize
-                model = load_model(
-                    path,
-                    dtype=dtype,
-                    device=device,
-                    trust_remote_code=options.trust_remote_code,
-                    experts_implementation=options.experts_implementation,
-                    spread=pick_spread(options.model, num_bytes, device, scratch),
-                )
+            with opened.load(
+                experts_implementation=options.experts_implementation,
+                scratch=folder.path / OFFLOAD,
+            ) as model:
                 run.record(model)
         run.finish()
     return TraceRun(
@@ -307,96 +281,6 @@ def local_inputs(model: str, data: Sequence[str]) -> list[Path]:
     """Files and folders that the run reads."""
     named = [model, *(split_group(item)[1] for item in data)]
     return [path for name in named if (path := Path(name).expanduser()).exists()]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        RequestError: No such device, or torch does not see it.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in BATCH_TOKENS:
-        raise RequestError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps.")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise RequestError(f"--device {name}: torch sees {found} CUDA devices. Try --device auto.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RequestError(f"--device {name}: torch has no MPS here. Try --device auto.")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device, num_parameters: int) -> torch.dtype:
-    """The dtype that `--dtype` names; `auto` is float32 on a CPU where that fits, else bfloat16.
-
-    Raises:
-        RequestError: An unknown name.
-    """
-    if name == "auto":
-        fits = device.type == "cpu" and num_parameters * 4 <= usable_memory(device)
-        return torch.float32 if fits else torch.bfloat16
-    if name not in DTYPES:
-        raise RequestError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
-def pick_spread(model: str, num_bytes: int, device: torch.device, folder: Path) -> Spread | None:
-    """How to place a model that is larger than the memory of the device; None where it fits.
-
-    Raises:
-        MachineError: It does not fit, and accelerate is not installed.
-    """
-    memory = usable_memory(device)
-    if num_bytes <= memory:
-        return None
-    if importlib.util.find_spec("accelerate") is None:
-        raise MachineError(
-            f"{model} takes {num_bytes / 1e9:.1f} GB; {device} offers {memory / 1e9:.1f} GB. "
-            "`pip install accelerate` lets it use other devices, memory and disk; or choose a "
-            "smaller --dtype."
-        )
-    console.note(
-        f"{num_bytes / 1e9:.1f} GB do not fit in the {memory / 1e9:.1f} GB of {device}: accelerate "
-        "spreads the model over devices, memory and disk. A large --batch-tokens helps."
-    )
-    return Spread(folder=folder, max_memory={"cpu": int(memory)} if device.type == "cpu" else None)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def usable_memory(device: torch.device) -> float:
-    """Bytes that a model may take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
-    if not hasattr(os, "sysconf"):
-        return float("inf")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE
-
-
-def pick_sequence_length(wanted: int | None, config: Any) -> int:
-    """The length that was asked for, or the default as far as the model has positions.
-
-    Raises:
-        RequestError: The model has fewer positions.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if wanted is None:
-        return min(SEQUENCE_LENGTH, limit or SEQUENCE_LENGTH)
-    if limit is not None and wanted > limit:
-        raise RequestError(
-            f"--sequence-length {wanted}: the model has {limit} positions. Choose at most {limit}."
-        )
-    return wanted
 
 
 def _read(options: TraceOptions, tokenizer: Any) -> TextData:
@@ -563,7 +447,6 @@ class _Run:
                 self._scorers[router.name].restore(router.rule)
         keep = frozenset({"logits", *self._manifest.keep} & {*SAMPLED_KEEPS})
         has_head = bool({"nll", "predictions"} & set(self._manifest.keep))
-        switch_off_extras(model)
         self._input_device = model.get_input_embeddings().weight.device
         if self._input_device.type == "meta":
             self._input_device = torch.device(self._manifest.device)
@@ -697,31 +580,6 @@ class _Run:
 
 def _count(number: int) -> str:
     return f"{number:,}".replace(",", " ")
-
-
-@contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder that may be made and filled, and is gone afterwards."""
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def show_bars(wanted: bool) -> None:
-    """Progress bars of the libraries that download and load the model."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging
-
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
-    (enable_progress_bars if wanted else disable_progress_bars)()
-
-
-def switch_off_extras(model: Any) -> None:
-    """Switch off what a recording does not need."""
-    for config in (model.config, model.config.get_text_config()):
-        if hasattr(config, "output_router_logits"):
-            config.output_router_logits = False
 
 
 def _sampled_tokens(manifest: TraceManifest) -> NDArray[np.bool_] | None:

@@ -383,7 +383,7 @@ def test_a_model_larger_than_memory_is_traced_from_disk(
 
     whole = trace("whole")
     size = (path / "model.safetensors").stat().st_size
-    monkeypatch.setattr("moetools.tracing.usable_memory", lambda device: size / 2)
+    monkeypatch.setattr("moetools.opening.usable_memory", lambda device: size / 2)
     capsys.readouterr()
     spread = trace("spread")
     assert "spreads the model over devices, memory and disk" in capsys.readouterr().err
