@@ -200,6 +200,27 @@ class Checkpoint:
                 f"{self._source.where(CONFIG)}: transformers does not accept it: {reason}"
             ) from error
 
+    def shard_path(self, shard: str) -> Path | None:
+        """A weight file on this machine; None for one of the hub that is not downloaded."""
+        return self._source.cached(shard)
+
+    def read(self, shard: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end) of a weight file, by a ranged read from the hub where it must be."""
+        path = self._source.cached(shard)
+        content, _ = (
+            self._source.read(shard, begin, end) if path is None else _read_file(path, begin, end)
+        )
+        return content
+
+    def file(self, name: str) -> Path | None:
+        """A small file of the top folder, fetched from the hub; None where there is none."""
+        return self._source.file(name)
+
+    def file_names(self) -> list[str] | None:
+        """Names of the files in the top folder; None for a hub model that cannot be asked."""
+        names = self._source.names()
+        return None if names is None else sorted(name for name in names if "/" not in name)
+
     def tensor(self, key: str) -> torch.Tensor:
         """Read one tensor, from the file or by a byte range from the hub.
 
@@ -212,7 +233,7 @@ class Checkpoint:
             with safe_open(shard, framework="pt") as tensors:
                 loaded: torch.Tensor = tensors.get_tensor(key)
                 return loaded
-        data, _ = self._source.read(info.shard, info.begin, info.end)
+        data = self.read(info.shard, info.begin, info.end)
         header = json.dumps(
             {key: {"dtype": info.dtype, "shape": info.shape, "data_offsets": [0, len(data)]}}
         ).encode()
@@ -284,15 +305,8 @@ class Checkpoint:
 
     def _sha256(self, info: TensorInfo) -> str:
         digest = hashlib.sha256()
-        shard = self._source.cached(info.shard)
         for begin in range(info.begin, info.end, HASH_CHUNK):
-            end = min(begin + HASH_CHUNK, info.end)
-            chunk, _ = (
-                self._source.read(info.shard, begin, end)
-                if shard is None
-                else _read_file(shard, begin, end)
-            )
-            digest.update(chunk)
+            digest.update(self.read(info.shard, begin, min(begin + HASH_CHUNK, info.end)))
         return digest.hexdigest()
 
 
