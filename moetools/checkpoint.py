@@ -45,6 +45,12 @@ TOKENIZER_FILES = (
 DOWNLOADED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """Small files that a download carries; never pickles."""
 
+OTHER_WEIGHTS = (
+    "*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
+    "*.onnx_data", "*.tflite", "original/*",
+)  # fmt: skip
+"""What a whole download leaves out beside the weights that the index names."""
+
 HASH_CHUNK = 16 * 1024 * 1024
 
 
@@ -301,6 +307,18 @@ class Checkpoint:
                 f"{self.name}: {_some(missing)} not in the hub cache. "
                 f"Run `hf download {self._source.repo_id}` where there is a network."
             )
+        return folder
+
+    def whole_path(self, *, other_weights: bool = False) -> Path:
+        """As `local_path`, with every other file of the repository that is no weight file.
+
+        Args:
+            other_weights: Fetch weight files that the index does not name as well.
+        """
+        folder = self.local_path()
+        if isinstance(self._source, HubRepository):
+            ignore = [] if other_weights else list(OTHER_WEIGHTS)
+            self._source.download(["*"], ignore=ignore)
         return folder
 
     def _sha256(self, info: TensorInfo) -> str:

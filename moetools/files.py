@@ -67,6 +67,7 @@ def output_folder(
     overwrite: bool = False,
     resume: bool = False,
     resumable: bool = False,
+    marked: bool = True,
     inputs: Sequence[Path] = (),
 ) -> Iterator[OutputFolder]:
     """Claim `out` for one writer and leave it whole, resumable or untouched.
@@ -82,6 +83,8 @@ def output_folder(
         overwrite: Replace a folder that moetools wrote.
         resume: Continue an incomplete folder of the same kind.
         resumable: Whether this kind of output can be continued.
+        marked: Keep the mark of moetools in the complete folder; without it the folder holds only
+            what was written into it, and is not replaced by a later run.
         inputs: Paths that the command reads; `out` may be none of them, nor contain one.
 
     Raises:
@@ -92,7 +95,6 @@ def output_folder(
     _refuse_dangerous(out, inputs)
     aside = out.with_name(f".{out.name}.moetools-old")
     fresh = out if resumable else out.with_name(f".{out.name}.moetools-new")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         if aside.exists() and not out.exists():
             os.rename(aside, out)
@@ -112,7 +114,11 @@ def output_folder(
                 if aside.exists() and not out.exists():
                     os.rename(aside, out)
             raise
-        write_json(fresh / MARKER, {"kind": kind, "complete": True})
+        if marked:
+            write_json(fresh / MARKER, {"kind": kind, "complete": True})
+        else:
+            (fresh / MARKER).unlink()
+            sync_folder(fresh)
         if not resumable:
             if out.exists():
                 _set_aside(out, aside)
@@ -204,7 +210,16 @@ def _set_aside(out: Path, aside: Path) -> None:
 def _locked(out: Path) -> Iterator[None]:
     """Hold an exclusive lock beside `out`; the system drops it when the process dies."""
     lock = out.with_name(f".{out.name}.moetools-lock")
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise OutputError(
+            f"--out {out} cannot be written ({error.strerror}: {error.filename}). Name a folder "
+            "elsewhere."
+        ) from error
     try:
         try:
             _lock(descriptor)

@@ -143,15 +143,18 @@ class HubRepository:
         os.replace(part.name, kept)
         return header, size
 
-    def download(self, allow: Sequence[str]) -> Path:
-        """Download the files of the top folder that match the patterns; return their folder."""
+    def download(self, allow: Sequence[str], ignore: Sequence[str] = ("*/*",)) -> Path:
+        """Download the files that match the patterns; return their folder.
+
+        By default only files of the top folder.
+        """
         with self._clear_errors("a file of the snapshot"):
             return Path(
                 snapshot_download(
                     self.repo_id,
                     revision=self.commit,
                     allow_patterns=list(allow),
-                    ignore_patterns=["*/*"],
+                    ignore_patterns=list(ignore),
                 )
             )
 

@@ -4,7 +4,7 @@ A file is 8 bytes (little-endian length n), n bytes of JSON, then the tensors wi
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -60,6 +60,60 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """Size on disk."""
         return self.end - self.begin
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorLayout:
+    """One tensor of a file that is to be written."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+    @property
+    def alignment(self) -> int:
+        """Bytes that its first byte must be a multiple of, as readers view the file in place."""
+        return max(DTYPE_BITS.get(self.dtype, 8) // 8, 1)
+
+
+def aligned(tensors: Iterable[TensorLayout]) -> list[TensorLayout]:
+    """The tensors in this order, or larger dtypes first where one of them would lie askew."""
+    ordered = list(tensors)
+    position = 0
+    for tensor in ordered:
+        if position % tensor.alignment:
+            return sorted(ordered, key=lambda tensor: -tensor.alignment)
+        position += tensor.num_bytes
+    return ordered
+
+
+def encode_header(
+    tensors: Iterable[TensorLayout],
+    metadata: Mapping[str, str],
+    names: Iterable[str] = (),
+) -> bytes:
+    """The JSON header of a file that holds these tensors one after the other.
+
+    Args:
+        tensors: In the order of their bytes.
+        metadata: Of the whole file; left out when empty.
+        names: Keys to mention first, in this order; the others follow in the order of their bytes.
+    """
+    position = 0
+    entries: dict[str, Any] = {}
+    for tensor in tensors:
+        end = position + tensor.num_bytes
+        entries[tensor.key] = {
+            "dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    first = {"__metadata__": dict(metadata)} if metadata else {}
+    mentioned = {name: entries[name] for name in names if name in entries}
+    header = json.dumps(
+        first | mentioned | entries, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+    return header + b" " * (-len(header) % 8)
 
 
 def read_header(read: RangeReader, where: str) -> tuple[bytes, int]:
