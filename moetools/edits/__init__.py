@@ -1,0 +1,1 @@
+"""Weight edits: one file each, with `plan(checkpoint, ...) -> EditPlan`."""
