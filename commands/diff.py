@@ -24,9 +24,19 @@ from moetools.options import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from moetools.checkpoint import TensorInfo
     from moetools.comparing import CheckpointDiff
     from moetools.paired_traces import TraceDiff
+    from moetools.tensor_diff import TensorDiff, TensorGroup
     from moetools.trace_store import TraceStore
+
+NUMBERS = (
+    "change", "cosine", "largest", "num_changed_elements", "changed_elements", "num_changed_bytes",
+    "changed_bytes", "num_not_finite",
+)  # fmt: skip
+"""Of a tensor that differs, as `--json` names them."""
+MAX_GROUPS = 20
+"""Patterns that are shown without `--all`."""
 
 DIFFERENT = 3
 """Exit code of `--exit-code` where A and B differ."""
@@ -86,6 +96,20 @@ def diff(
             "is like its own, for experts that were permuted.",
         ),
     ] = False,
+    all_tensors: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Of two checkpoints: list every tensor that differs, not patterns of keys.",
+        ),
+    ] = False,
+    routers_only: Annotated[
+        bool,
+        typer.Option(
+            "--routers-only",
+            help="Of two checkpoints: compare the routers and leave all other tensors unread.",
+        ),
+    ] = False,
     text_column: TextColumnOption = "text",
     group_column: GroupColumnOption = None,
     id_column: IdColumnOption = None,
@@ -98,7 +122,7 @@ def diff(
         bool,
         typer.Option(
             "--exit-code",
-            help="Exit with 3 if any token got other experts, or any router tensor differs.",
+            help="Exit with 3 if any token got other experts, or any tensor differs.",
         ),
     ] = False,
     seed: SeedOption = 0,
@@ -107,9 +131,9 @@ def diff(
     trust_remote_code: TrustRemoteCodeOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Show how two checkpoints differ in their routers, or two traces in their routing.
+    """Show how two checkpoints differ in their tensors, or two traces in their routing.
 
-    Two checkpoints are compared on disk, and with --data on the same texts.
+    Two checkpoints are compared byte by byte on disk, and with --data on the same texts.
 
     Example: moetools diff trace-before/ trace-after/ --floor trace-before-again/
     """
@@ -122,7 +146,13 @@ def diff(
         "batch_tokens": batch_tokens,
     }
     given = {name: value for name, value in running.items() if value is not None}
-    check_options(kind, floor=floor, data=data, match_experts=match_experts, running=given)
+    of_checkpoints = {
+        "--data": bool(data),
+        "--match-experts": match_experts,
+        "--all": all_tensors,
+        "--routers-only": routers_only,
+    }
+    check_options(kind, floor=floor, of_checkpoints=of_checkpoints, running=given)
     if kind == "trace":
         from moetools.paired_traces import diff_traces
 
@@ -139,12 +169,13 @@ def diff(
             dtype=dtype,
             seed=seed,
             match_experts=match_experts,
+            routers_only=routers_only,
             trust_remote_code=trust_remote_code,
             **running,
         )
         checkpoints = diff_checkpoints(a, b, options)
         differs = checkpoints.differs
-        show(json, checkpoint_document(checkpoints), checkpoint_lines(checkpoints))
+        show(json, checkpoint_document(checkpoints), checkpoint_lines(checkpoints, all_tensors))
     if exit_code and differs:
         raise typer.Exit(DIFFERENT)
 
@@ -153,20 +184,28 @@ def check_options(
     kind: Kind,
     *,
     floor: Path | None,
-    data: Sequence[str] | None,
-    match_experts: bool,
+    of_checkpoints: dict[str, bool],
     running: dict[str, Any],
 ) -> None:
     """Refuse options that would do nothing.
 
+    Args:
+        kind: What is compared.
+        floor: `--floor`.
+        of_checkpoints: Options that only two checkpoints have, and whether each was given.
+        running: Options of `--data` that were given.
+
     Raises:
-        RequestError: An option belongs to the other kind, needs `--data`, or is out of range.
+        RequestError: An option belongs to the other kind, needs `--data`, does not fit another
+            one, or is out of range.
     """
     from moetools.errors import RequestError
 
-    if kind == "trace" and (data or match_experts):
-        name = "--data" if data else "--match-experts"
-        raise RequestError(f"{name} is for two checkpoints; these are traces.")
+    wrong = [name for name, is_given in of_checkpoints.items() if is_given]
+    if kind == "trace" and wrong:
+        raise RequestError(f"{wrong[0]} is for two checkpoints; these are traces.")
+    if of_checkpoints["--all"] and of_checkpoints["--routers-only"]:
+        raise RequestError("--all lists tensors, and --routers-only leaves them unread.")
     if kind == "checkpoint" and floor is not None:
         raise RequestError(
             "--floor is for two traces; with --data two checkpoints are held against A in other "
@@ -174,7 +213,7 @@ def check_options(
         )
     for name, value in running.items():
         option = f"--{name.replace('_', '-')}"
-        if not data:
+        if not of_checkpoints["--data"]:
             raise RequestError(
                 f"{option} says how to run two checkpoints over texts: name those with --data."
             )
@@ -329,6 +368,8 @@ def checkpoint_document(found: "CheckpointDiff") -> dict[str, Any]:
         "a": {"model": found.a.name, "revision": found.a.revision},
         "b": {"model": found.b.name, "revision": found.b.revision},
         "differs": found.differs,
+        "tensors": None if found.tensors is None else tensor_document(found.tensors),
+        "without_routers": found.without_routers,
         "run": dict(found.run) or None,
         "matching": {name: order.tolist() for name, order in found.matching.items()} or None,
         "without_cells": dict(found.reasons),
@@ -337,16 +378,56 @@ def checkpoint_document(found: "CheckpointDiff") -> dict[str, Any]:
     }
 
 
-def checkpoint_lines(found: "CheckpointDiff") -> "list[RenderableType]":
-    """The routers on disk, the split where it was run, and what both say in words."""
+def tensor_document(tensors: "TensorDiff") -> dict[str, Any]:
+    """Every tensor and small file that differs, as plain values."""
+
+    def place(info: "TensorInfo | None") -> dict[str, Any] | None:
+        if info is None:
+            return None
+        return {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "file": info.shard,
+            "num_bytes": info.num_bytes,
+        }
+
+    files = tensors.files
+    return {
+        "num_identical": tensors.num_identical,
+        "num_identical_bytes": tensors.num_identical_bytes,
+        "differences": [
+            {
+                "key": each.key,
+                "kind": each.kind,
+                "a": place(each.a),
+                "b": place(each.b),
+                **{name: getattr(each, name) for name in NUMBERS},
+            }
+            for each in tensors.differences
+        ],
+        "files": None if files is None else {each.name: each.kind for each in files},
+    }
+
+
+def checkpoint_lines(found: "CheckpointDiff", all_tensors: bool = False) -> "list[RenderableType]":
+    """Tensors, the routers on disk, the split where it was run, and what they say in words."""
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.text import Text
 
     shown: list[RenderableType] = [escape(f"A  {found.a.name}"), escape(f"B  {found.b.name}")]
+    if found.tensors is not None:
+        shown += ["", Text("Tensors on disk", style="bold")]
+        shown += [
+            Padding(Text(line.strip()), (0, 0, 0, len(line) - len(line.lstrip())), expand=False)
+            for line in tensor_lines(found.tensors, all_tensors)
+        ]
+    shown += ["", Text("Routers on disk", style="bold")]
+    if found.without_routers is not None:
+        return [*shown, Text(f"Not compared. {found.without_routers}")]
     if found.matching:
         shown.append(Text(_matching(found)))
-    shown += ["", Text("Routers on disk", style="bold"), _disk_table(found)]
-    shown += ["", *(Text(line) for line in disk_sentences(found))]
+    shown += [_disk_table(found), "", *(Text(line) for line in disk_sentences(found))]
     if found.run:
         run = found.run
         facts = f"{run['num_tokens']:,} tokens in {run['num_sequences']:,} sequences"
@@ -359,6 +440,94 @@ def checkpoint_lines(found: "CheckpointDiff") -> "list[RenderableType]":
             *(Text(line) for line in split_sentences(found)),
         ]
     return shown
+
+
+def tensor_lines(tensors: "TensorDiff", all_tensors: bool = False) -> list[str]:
+    """How many tensors differ, and by how much those of one pattern do.
+
+    Args:
+        tensors: All of both checkpoints compared.
+        all_tensors: One entry for each tensor, not for each pattern.
+    """
+    from moetools.tensor_diff import TensorGroup, group
+
+    count = tensors.num_identical
+    same = f"{_many(count, 'tensor is', 'tensors are')} byte-identical"
+    if not tensors.differs:
+        lines = [f"No difference: {same} ({console.bytes_text(tensors.num_identical_bytes)})."]
+    else:
+        counts = [(kind, len(tensors.of_kind(kind))) for kind in ("changed", "added", "removed")]
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in counts if number)
+        lines = [f"{kinds}; {same} ({console.bytes_text(tensors.num_identical_bytes)}).", ""]
+        groups = group(tensors.differences)
+        if all_tensors:
+            groups = [
+                TensorGroup(pattern=each.key, members=(each,)) for each in tensors.differences
+            ]
+        limit = len(groups) if all_tensors else MAX_GROUPS
+        for each in groups[:limit]:
+            lines += [f"{each.members[0].kind}  {each.pattern}", f"    {group_facts(each)}"]
+        if len(groups) > limit:
+            lines.append(
+                f"... and {len(groups) - limit:,} more patterns: --all or --json lists all."
+            )
+        lines.append("")
+    if tensors.files is None:
+        lines.append("Small files were not compared: a hub model's files cannot be listed now.")
+    elif tensors.files:
+        names = ", ".join(f"{each.name} ({each.kind})" for each in tensors.files)
+        lines.append(f"Small files that differ: {names}.")
+    else:
+        lines.append("Small files (config, tokenizer, ...) are the same.")
+    return lines
+
+
+def group_facts(group: "TensorGroup") -> str:
+    """What is known of the differences of one pattern, in one line."""
+    first = group.members[0]
+    count = len(group.members)
+    words = [] if count == 1 else [f"{count:,} tensors"]
+    if first.a is None or first.b is None:
+        info = first.a or first.b
+        assert info is not None
+        shapes = {(each.a or each.b).shape for each in group.members}  # type: ignore[union-attr]
+        return ", ".join([*words, f"{info.dtype} {list(info.shape) if len(shapes) == 1 else ''}"])
+    if first.a.shape != first.b.shape:
+        words.append(f"shape {list(first.a.shape)} -> {list(first.b.shape)}")
+    if first.a.dtype != first.b.dtype:
+        words.append(f"dtype {first.a.dtype} -> {first.b.dtype}")
+
+    def known(name: str) -> list[float]:
+        values = (getattr(each, name) for each in group.members)
+        return [value for value in values if value is not None]
+
+    mean = "" if count == 1 else "mean "
+    if changes := known("change"):
+        words.append(f"{mean}change {sum(changes) / len(changes):.3g}")
+    if cosines := known("cosine"):
+        words.append(f"{'' if count == 1 else 'least '}cosine {_cosine(min(cosines))}")
+    if largest := known("largest"):
+        words.append(f"largest {max(largest):.3g}")
+    for name, unit, size in (
+        ("num_changed_elements", "elements", "num_elements"),
+        ("num_changed_bytes", "bytes", "num_bytes"),
+    ):
+        if counts := known(name):
+            total = sum(getattr(each.a, size) for each in group.members)
+            words.append(f"{int(sum(counts)):,} of {total:,} {unit} differ")
+            break
+    if not_finite := int(sum(known("num_not_finite"))):
+        words.append(f"{not_finite:,} elements not finite")
+    return ", ".join(words)
+
+
+def _cosine(value: float) -> str:
+    """Four decimals; 1.0000 only of all."""
+    return "0.9999" if 0.99995 <= value < 1 else f"{value:.4f}"
+
+
+def _many(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
 
 
 def _matching(found: "CheckpointDiff") -> str:

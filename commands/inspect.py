@@ -71,9 +71,11 @@ def _model(inspection: "Inspection") -> "Table":
     table.add_row("MoE layers", f"{len(layers)}{of_all}")
     if inspection.hidden_size is not None:
         table.add_row("hidden size", f"{inspection.hidden_size:,}")
-    dtypes = ", ".join(f"{n}: {_bytes(b)}" for n, b in inspection.bytes_by_dtype.items())
+    dtypes = ", ".join(
+        f"{dtype}: {console.bytes_text(size)}" for dtype, size in inspection.bytes_by_dtype.items()
+    )
     files = "1 file" if inspection.num_files == 1 else f"{inspection.num_files} files"
-    table.add_row("on disk", f"{_bytes(inspection.num_bytes)} in {files} ({dtypes})")
+    table.add_row("on disk", f"{console.bytes_text(inspection.num_bytes)} in {files} ({dtypes})")
     return table
 
 
@@ -192,13 +194,14 @@ def _parameters(parameters: "Parameters") -> "Table":
 
 def _trace_size(size: "TraceSize") -> "Table":
     table = _pairs()
-    table.add_row("1 M tokens", f"at most {_bytes(size.tokens)} (ids and weights)")
-    table.add_row("--keep logits", f"+ {_bytes(size.logits)} before compression")
+    table.add_row("1 M tokens", f"at most {console.bytes_text(size.tokens)} (ids and weights)")
+    table.add_row("--keep logits", f"+ {console.bytes_text(size.logits)} before compression")
     if size.inputs:
-        table.add_row("--keep inputs", f"+ {_bytes(size.inputs)} before compression")
-    table.add_row("--keep norms", f"+ {_bytes(size.norms)} before compression")
-    table.add_row("--keep outputs", f"+ {_bytes(size.outputs)} before compression")
-    table.add_row("1,000 sequences", f"+ {_bytes(1000 * size.sequence)} before compression")
+        table.add_row("--keep inputs", f"+ {console.bytes_text(size.inputs)} before compression")
+    table.add_row("--keep norms", f"+ {console.bytes_text(size.norms)} before compression")
+    table.add_row("--keep outputs", f"+ {console.bytes_text(size.outputs)} before compression")
+    sequences = console.bytes_text(1000 * size.sequence)
+    table.add_row("1,000 sequences", f"+ {sequences} before compression")
     return table
 
 
@@ -229,10 +232,3 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {name}"
     return f"{number:,}"
-
-
-def _bytes(number: int) -> str:
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} bytes"

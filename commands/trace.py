@@ -181,8 +181,8 @@ def lines(run: "TraceRun", out: Path) -> list[str]:
         f"[bold]{found['model']}[/bold] on {found['device']} in {found['dtype']}",
         f"  coverage   {found['coverage']}",
         f"  data       {sequences}",
-        f"  size       {_bytes(found['tokens_bytes'])} for tokens{per_expert}, "
-        f"{_bytes(found['sequences_bytes'])} for sequences",
+        f"  size       {console.bytes_text(found['tokens_bytes'])} for tokens{per_expert}, "
+        f"{console.bytes_text(found['sequences_bytes'])} for sequences",
     ]
     if found["seconds"] > 0:
         rate = found["recorded_tokens"] / found["seconds"]
@@ -204,14 +204,6 @@ def lines(run: "TraceRun", out: Path) -> list[str]:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _some(names: list[str], shown: int = 8) -> str:

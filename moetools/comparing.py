@@ -1,4 +1,4 @@
-"""Two checkpoints compared: their routers on disk, and what they select on the same texts.
+"""Two checkpoints compared: tensors, routers on disk, and what they select on the same texts.
 
 The 2x2 split tells a change of the routers from a change of what they read. With W the routers and
 X their inputs, every cell is compared with A's own selection, W_A on X_A:
@@ -32,14 +32,29 @@ from moetools.checkpoint import Checkpoint
 from moetools.drift import (
     SUMS,
     compare_selections,
+    cosines,
     energy_in_span,
     match_experts,
     router_change,
+    row_changes,
     selection_metrics,
 )
-from moetools.errors import ArchitectureError, MachineError, RequestError, RoutingError
+from moetools.errors import (
+    ArchitectureError,
+    MachineError,
+    MoEToolsError,
+    RequestError,
+    RoutingError,
+)
 from moetools.expert_counts import count_selections
-from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, expert_outputs, read_call
+from moetools.hooks import (
+    NaNRoutingError,
+    RouterRecorder,
+    Routing,
+    expert_outputs,
+    read_call,
+    router_tensor,
+)
 from moetools.intervals import Cells, Scope
 from moetools.loading import empty_model, load_model
 from moetools.opening import (
@@ -53,8 +68,9 @@ from moetools.opening import (
     usable_memory,
 )
 from moetools.routing import ScoringRule, common_rules, fitting_rules, tied_tokens
+from moetools.tensor_diff import TensorDiff, diff_tensors
 from moetools.texts import HUB_TOKENS, TextData, read_texts
-from moetools.tracing import padded, router_tensor
+from moetools.tracing import padded
 
 CELLS = ("router_only", "input_only", "total")
 CHECKS = ("again", "floor")
@@ -86,6 +102,7 @@ class CompareOptions:
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         seed: Of resampling.
         match_experts: Number B's experts as the likest of A.
+        routers_only: Leave all other tensors unread.
         trust_remote_code: Run code that comes with a checkpoint.
     """
 
@@ -100,6 +117,7 @@ class CompareOptions:
     dtype: str = "auto"
     seed: int = 0
     match_experts: bool = False
+    routers_only: bool = False
     trust_remote_code: bool = False
 
 
@@ -110,8 +128,10 @@ class CheckpointDiff:
     Attributes:
         a: The reference.
         b: What is compared with it.
+        tensors: Every tensor on disk; None where only the routers were compared.
         table: Tidy rows: the routers on disk, and with data the cells of the split, with the
-            numeric floor in the column `floor`.
+            numeric floor in the column `floor`; empty where the routers cannot be compared.
+        without_routers: Why they cannot be compared; None where they were.
         matching: By router, for each expert of A the one of B that it is compared with; empty
             without `match_experts`.
         run: What was run over which texts; empty without data.
@@ -121,7 +141,9 @@ class CheckpointDiff:
 
     a: Checkpoint
     b: Checkpoint
+    tensors: TensorDiff | None
     table: pd.DataFrame
+    without_routers: str | None
     matching: Mapping[str, NDArray[np.int64]]
     run: Mapping[str, Any]
     reasons: Mapping[str, str]
@@ -129,7 +151,9 @@ class CheckpointDiff:
 
     @property
     def differs(self) -> bool:
-        """Whether a router tensor differs, or any token got other experts."""
+        """Whether a tensor that was compared differs, or any token got other experts."""
+        if self.tensors is not None and self.tensors.differs:
+            return True
         table = self.table[self.table["scope"] == "layer"]
         changed = (table["metric"] == "num_changed_tensors") & (table["value"] > 0)
         moved = (table["metric"] == "exact_set") & (table["value"] < 1)
@@ -150,7 +174,7 @@ class Pair:
 
 
 def diff_checkpoints(a: str, b: str, options: CompareOptions | None = None) -> CheckpointDiff:
-    """Compare the routers of two checkpoints, and with data what they select.
+    """Compare the tensors of two checkpoints, their routers, and with data what they select.
 
     Args:
         a: Checkpoint folder, hub id or `demo`: the reference.
@@ -159,26 +183,26 @@ def diff_checkpoints(a: str, b: str, options: CompareOptions | None = None) -> C
 
     Raises:
         CheckpointError: A checkpoint is missing or damaged.
-        RequestError: The routers do not correspond, or the texts have other tokens in B.
+        ArchitectureError: Routers cannot be found, and the request is about them.
+        RequestError: The routers do not correspond, and the request is about them; or the texts
+            have other tokens in B.
         MachineError: Both do not fit in memory together.
     """
     options = options or CompareOptions()
     own, other = (
         Checkpoint.open(name, trust_remote_code=options.trust_remote_code) for name in (a, b)
     )
-    pairs = pair_routers(find(own), find(other), a, b)
-    parts: list[pd.DataFrame] = []
+    about_routers = bool(options.data) or options.match_experts or options.routers_only
+    reason = None
     matching: dict[str, NDArray[np.int64]] = {}
-    for pair in pairs:
-        values, order = parameter_view(own, other, pair, match=options.match_experts)
-        if order is not None:
-            matching[pair.name] = order
-        parts += [rows(metric, "layer", v, layer=pair.a.layer) for metric, v in values.items()]
-    of_layers = pd.concat(parts, ignore_index=True)
-    for metric in of_layers["metric"].unique():
-        values_of = of_layers.loc[of_layers["metric"] == metric, "value"]
-        pooled = {"num_changed_tensors": np.sum}.get(metric, np.mean)(values_of)
-        parts.append(rows(metric, "model", pooled))
+    try:
+        pairs = pair_routers(find(own), find(other), a, b)
+        parts = on_disk(own, other, pairs, matching, match=options.match_experts)
+    except MoEToolsError as error:
+        if about_routers:
+            raise
+        pairs, parts, reason = [], [rows("router_change", "model", np.nan)[:0]], str(error)
+    tensors = None if options.routers_only else diff_tensors(own, other)
     comparison = None
     if options.data:
         comparison = _Comparison(own, other, pairs, options, matching)
@@ -187,12 +211,59 @@ def diff_checkpoints(a: str, b: str, options: CompareOptions | None = None) -> C
     return CheckpointDiff(
         a=own,
         b=other,
+        tensors=tensors,
         table=typed(parts),
+        without_routers=reason,
         matching=matching,
         run={} if comparison is None else comparison.facts,
         reasons={} if comparison is None else comparison.reasons,
         notes=() if comparison is None else tuple(comparison.notes()),
     )
+
+
+def on_disk(
+    a: Checkpoint,
+    b: Checkpoint,
+    pairs: Sequence["Pair"],
+    matching: dict[str, NDArray[np.int64]],
+    *,
+    match: bool,
+) -> list[pd.DataFrame]:
+    """Rows about the tensors of all routers: of each expert, each router, and of all.
+
+    Args:
+        a: The reference.
+        b: The other.
+        pairs: Their routers.
+        matching: By router the expert of B for each of A; filled with `match`.
+        match: Number B's experts as the likest of A.
+    """
+    parts: list[pd.DataFrame] = []
+    for pair in pairs:
+        weight_a, weight_b = weights_on_disk(a, b, pair)
+        order = match_experts(weight_a, weight_b) if match else None
+        if order is not None:
+            matching[pair.name] = order
+            weight_b = weight_b[order]
+        values = router_change(weight_a, weight_b) | other_changes(a, b, pair, order)
+        of_rows = {
+            "row_change": row_changes(weight_a, weight_b),
+            "row_cosine": cosines(weight_a, weight_b),
+        }
+        numbers = np.arange(len(weight_a))
+        layer = pair.a.layer
+        parts += [rows(metric, "layer", value, layer=layer) for metric, value in values.items()]
+        parts += [
+            rows(metric, "expert", value, layer=layer, expert=numbers)
+            for metric, value in of_rows.items()
+        ]
+    of_layers = pd.concat(parts, ignore_index=True)
+    of_layers = of_layers[of_layers["scope"] == "layer"]
+    for metric in of_layers["metric"].unique():
+        values_of = of_layers.loc[of_layers["metric"] == metric, "value"]
+        pooled = {"num_changed_tensors": np.sum}.get(metric, np.mean)(values_of)
+        parts.append(rows(metric, "model", pooled))
+    return parts
 
 
 def find(checkpoint: Checkpoint) -> list[RouterSpec]:
@@ -229,21 +300,18 @@ def pair_routers(
     return [Pair(a=spec, b=others[name]) for name, spec in own.items()]
 
 
-def parameter_view(
-    a: Checkpoint, b: Checkpoint, pair: Pair, *, match: bool = False
-) -> tuple[dict[str, float], NDArray[np.int64] | None]:
-    """What changed in the tensors of one router on disk.
+def other_changes(
+    a: Checkpoint, b: Checkpoint, pair: Pair, order: NDArray[np.int64] | None
+) -> dict[str, float]:
+    """Largest change of each bias of a router, and how many of its tensors differ.
 
-    Returns:
-        Metrics (`moetools.drift.router_change`; largest change of a bias; number of tensors that
-        differ), and with `match` the expert of B for each of A.
-
-    Raises:
-        RequestError: The router weights have other shapes.
+    Args:
+        a: The reference.
+        b: The other.
+        pair: A router of both.
+        order: The expert of B for each of A; None for equal numbers.
     """
-    weight_a, weight_b = weights_on_disk(a, b, pair)
-    order = match_experts(weight_a, weight_b) if match else None
-    found = router_change(weight_a, weight_b if order is None else weight_b[order])
+    found: dict[str, float] = {}
     biases = {
         "bias_change": (pair.a.bias_key, pair.b.bias_key),
         "correction_bias_change": (pair.a.correction_bias_key, pair.b.correction_bias_key),
@@ -257,7 +325,7 @@ def parameter_view(
         for key_a, key_b in zip(pair.a.keys, pair.b.keys, strict=False)
     )
     found["num_changed_tensors"] = changed + abs(len(pair.a.keys) - len(pair.b.keys))
-    return found, order
+    return found
 
 
 def weights_on_disk(

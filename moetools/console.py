@@ -68,6 +68,14 @@ def show_json(document: Any) -> None:
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
+def bytes_text(number: float) -> str:
+    """A size for people, such as `10.5 MB`; units of a thousand."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} bytes"
+
+
 class Meter:
     """Counts work done; shown by `progress`."""
 

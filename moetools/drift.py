@@ -247,6 +247,14 @@ def router_change(weight_a: NDArray[Any], weight_b: NDArray[Any]) -> dict[str, f
     }
 
 
+def row_changes(rows_a: NDArray[Any], rows_b: NDArray[Any]) -> NDArray[np.float64]:
+    """[E] norm of each row's change over the row's norm in A; NaN where that is zero."""
+    norms = np.linalg.norm(rows_a, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.linalg.norm(rows_b - rows_a, axis=1) / norms
+    return np.asarray(np.where(norms > 0, change, np.nan))
+
+
 def cosines(rows_a: NDArray[Any], rows_b: NDArray[Any]) -> NDArray[np.float64]:
     """[E] cosine of each row of A with the same row of B; 1 for equal rows, NaN for zero rows."""
     norms = np.linalg.norm(rows_a, axis=1) * np.linalg.norm(rows_b, axis=1)
