@@ -446,3 +446,19 @@ def refuse_compiled(model: nn.Module) -> None:
                 f"The model is compiled{where}: its routers cannot be recorded. Load it without "
                 "torch.compile."
             )
+
+
+def router_tensor(model: Any, name: str | None) -> Tensor | None:
+    """A parameter or buffer by its path."""
+    if name is None:
+        return None
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    tensor: Tensor = getattr(module, leaf)
+    if not tensor.is_meta:
+        return tensor.detach()
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        loaded: Tensor = getattr(module, leaf)
+        return loaded.detach().clone()

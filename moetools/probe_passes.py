@@ -17,7 +17,8 @@ from torch import Tensor
 from moetools import console
 from moetools.batching import TokenSequence
 from moetools.errors import ArchitectureError, RequestError, RoutingError
-from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
+from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, router_tensor
+from moetools.items import Item
 from moetools.opening import BATCH_TOKENS
 from moetools.probe_plan import Job, ProbeOptions, Variant
 from moetools.probing import (
@@ -35,14 +36,12 @@ from moetools.probing import (
 )
 from moetools.routing import ScoringRule, common_rules, fitting_rules, required, rounding
 from moetools.scoring import (
-    Item,
     ScoredRow,
     ScoredTokens,
     item_scores,
     model_arguments,
     plan_batches,
 )
-from moetools.tracing import router_tensor
 
 
 class Evaluation:

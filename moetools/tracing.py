@@ -44,7 +44,7 @@ from moetools.batching import (
 from moetools.checkpoint import Checkpoint
 from moetools.errors import RequestError, RoutingError, TraceError
 from moetools.files import check_output, output_folder
-from moetools.hooks import NaNRoutingError, RouterRecorder, Routing
+from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, router_tensor
 from moetools.opening import BATCH_TOKENS, open_model
 from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
@@ -711,22 +711,6 @@ def _rounded(margin: Tensor) -> Tensor:
     """Float16 with five significant bits (within 3 %), which compress to half the bytes."""
     bits = margin.half().view(torch.int16)
     return ((bits + (1 << 5)) & ~((1 << 6) - 1)).view(torch.float16)
-
-
-def router_tensor(model: Any, name: str | None) -> Tensor | None:
-    """A parameter or buffer by its path."""
-    if name is None:
-        return None
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor: Tensor = getattr(module, leaf)
-    if not tensor.is_meta:
-        return tensor.detach()
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        loaded: Tensor = getattr(module, leaf)
-        return loaded.detach().clone()
 
 
 class _PartRows:
