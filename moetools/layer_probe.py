@@ -28,6 +28,7 @@ from moetools.batching import (
 from moetools.checkpoint import Checkpoint
 from moetools.errors import DataError, OutputError
 from moetools.files import OutputFolder, atomic_file, check_output, output_folder, write_json
+from moetools.items import Item, read_items
 from moetools.opening import open_model
 from moetools.probe_passes import Passes, ProbeData, task_evaluation, text_evaluation
 from moetools.probe_plan import Job, ProbeOptions, check_options, plan_jobs
@@ -35,12 +36,7 @@ from moetools.probe_results import Native, probe_results
 from moetools.probing import (
     OPERATORS,
 )
-from moetools.scoring import (
-    Item,
-    ScoredRow,
-    choice_rows,
-    read_items,
-)
+from moetools.scoring import ScoredRow, choice_rows
 from moetools.texts import read_texts
 from moetools.tracing import OFFLOAD, local_inputs
 

@@ -13,7 +13,6 @@ what else is in its batch by rounding alone.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,11 @@ from torch import Tensor
 
 from moetools.batching import plan_parts, tokenise
 from moetools.errors import DataError
-from moetools.texts import read_rows
+from moetools.items import Item
 from moetools.tracing import padded
 
 BATCH_TOKENS = 2048
 LOGITS_PER_BATCH = 1 << 27
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One multiple-choice question.
-
-    Attributes:
-        question: Never empty.
-        choices: At least two, with the space that separates them from the question.
-        answer: Which choice is right, counted from 0.
-        where: File and row, for messages.
-    """
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    where: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,20 +67,6 @@ class ItemScore:
     prediction_per_token: int
     correct: bool
     correct_per_token: bool
-
-
-def read_items(path: Path) -> list[Item]:
-    """Multiple-choice items: rows with `question`, `choices` (a list) and `answer` (an index).
-
-    Raises:
-        DataError: No such file, no rows, or a row that is not such an item.
-    """
-    if not path.exists():
-        raise DataError(f"--tasks {path}: no such file. Pass a jsonl file of items.")
-    items = [_item(row, where) for where, row in read_rows(path)]
-    if not items:
-        raise DataError(f"--tasks {path}: no items in it.")
-    return items
 
 
 def score_choices(
@@ -268,29 +236,6 @@ def item_scores(
             )
         )
     return scores
-
-
-def _item(row: Any, where: str) -> Item:
-    for column in ("question", "choices", "answer"):
-        if column not in row:
-            raise DataError(
-                f"{where} has no '{column}'. An item has question, choices (a list) and answer "
-                f"(an index); this row has: {', '.join(map(str, row))}."
-            )
-    question, choices, answer = row["question"], row["choices"], row["answer"]
-    if not isinstance(question, str) or not question:
-        raise DataError(f"{where}: 'question' holds {question!r}. Write a text that is not empty.")
-    texts = isinstance(choices, list) and all(isinstance(each, str) and each for each in choices)
-    if not texts or len(choices) < 2:
-        raise DataError(
-            f"{where}: 'choices' holds {choices!r}. Write a list of at least two texts."
-        )
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(
-            f"{where}: 'answer' holds {answer!r}. Write the index of the right choice, "
-            f"0 to {len(choices) - 1}."
-        )
-    return Item(question=question, choices=tuple(choices), answer=answer, where=where)
 
 
 def _common_beginning(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:

@@ -112,23 +112,13 @@ def read_texts(
                 group_column=group_column or DEMO_COLUMNS["group_column"],
                 id_column=id_column or DEMO_COLUMNS["id_column"],
             )
-            rows = _read_parquet(DEMO, "demo")
-        elif Path(source).expanduser().exists():
-            path = Path(source).expanduser()
-            rows = read_rows(path)
-        elif (match := HUB_DATASET.fullmatch(source)) and not source.startswith((".", "~")):
-            rows = _read_hub(source, match["repo"], match["config"], match["split"])
-            found = _texts(rows, columns, group, source)
-            some, more = _take_tokens(found, count_tokens, hub_tokens)
-            texts += some
-            stopped += [source] if more else []
+        found = _texts(open_rows(source), columns, group, source)
+        if _hub_match(source) is None:
+            texts += found
             continue
-        else:
-            raise DataError(
-                f"--data {source}: no such file or folder. Pass a file, a folder, a hub data set "
-                "(org/name[:config][@split]), or 'demo'."
-            )
-        texts += _texts(rows, columns, group, source)
+        some, more = _take_tokens(found, count_tokens, hub_tokens)
+        texts += some
+        stopped += [source] if more else []
     if not texts:
         raise DataError(f"--data {' '.join(data)}: no texts in it.")
     groups = tuple(sorted({text.group for text in texts if text.group is not None}))
@@ -149,13 +139,45 @@ def read_texts(
     )
 
 
-def split_group(item: str) -> tuple[str | None, str]:
+def open_rows(source: str, option: str = "--data", *, demo: Path = DEMO) -> Iterator[Row]:
+    """Rows of what an option names.
+
+    Args:
+        source: A file, a folder of files, a hub data set `org/name[:config][@split]`, or `demo`.
+        option: Its name, for messages.
+        demo: What `demo` stands for.
+
+    Raises:
+        DataError: No such data, or it cannot be read.
+    """
+    if source == "demo":
+        return READERS[demo.suffix](demo, "demo")
+    path = Path(source).expanduser()
+    if path.exists():
+        return read_rows(path, option)
+    match = _hub_match(source)
+    if match is None:
+        raise DataError(
+            f"{option} {source}: no such file or folder. Pass a file, a folder, a hub data set "
+            "(org/name[:config][@split]), or 'demo'."
+        )
+    return _read_hub(source, match["repo"], match["config"], match["split"], option)
+
+
+def _hub_match(source: str) -> re.Match[str] | None:
+    """The parts of a hub data set's name; None for what is, or looks like, a path."""
+    if source == "demo" or Path(source).expanduser().exists() or source.startswith((".", "~")):
+        return None
+    return HUB_DATASET.fullmatch(source)
+
+
+def split_group(item: str, option: str = "--data") -> tuple[str | None, str]:
     """`GROUP=DATA` as two; a file whose own name has an equals sign stays whole."""
     group, separator, source = item.partition("=")
     if not separator or Path(item).expanduser().exists():
         return None, item
     if not group or not source:
-        raise RequestError(f"--data {item}: expected DATA or GROUP=DATA.")
+        raise RequestError(f"{option} {item}: expected DATA or GROUP=DATA.")
     return group, source
 
 
@@ -180,14 +202,15 @@ def _texts(rows: Iterator[Row], columns: Columns, group: str | None, source: str
             raise DataError(f"{where}: the text is empty. Remove the row.")
         named = group
         if group is None and columns.group_column is not None:
-            named = _label(row[columns.group_column], columns.group_column, where)
-        label = None
+            named = label(row[columns.group_column], columns.group_column, where)
+        name = None
         if columns.id_column is not None:
-            label = _label(row[columns.id_column], columns.id_column, where)
-        yield Text(text=text, group=named, id=label, where=where)
+            name = label(row[columns.id_column], columns.id_column, where)
+        yield Text(text=text, group=named, id=name, where=where)
 
 
-def _label(value: Any, column: str, where: str) -> str:
+def label(value: Any, column: str, where: str) -> str:
+    """A group or an id: a name that is not empty, or a number."""
     if isinstance(value, str | int) and str(value):
         return str(value)
     raise DataError(f"{where}: column '{column}' holds {_brief(value)}, not a name or a number.")
@@ -245,10 +268,10 @@ def _reference(groups: tuple[str, ...], wanted: str | None) -> str | None:
     return wanted
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, option: str = "--data") -> Iterator[Row]:
     """Rows of a file, or of every readable file below a folder in the order of their names."""
     if path.is_file():
-        yield from _reader(path)(path, str(path))
+        yield from _reader(path, option)(path, str(path))
         return
     files = sorted(
         file
@@ -257,16 +280,16 @@ def read_rows(path: Path) -> Iterator[Row]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
-        raise DataError(f"--data {path}: no {_known()} file in this folder.")
+        raise DataError(f"{option} {path}: no {_known()} file in this folder.")
     for file in files:
-        yield from _reader(file)(file, str(file))
+        yield from _reader(file, option)(file, str(file))
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
+def _reader(path: Path, option: str) -> Callable[[Path, str], Iterator[Row]]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"--data {path}: unknown extension '{path.suffix}'. Known: {_known()}; or a folder."
+            f"{option} {path}: unknown extension '{path.suffix}'. Known: {_known()}; or a folder."
         )
     return reader
 
@@ -367,7 +390,9 @@ def _take_tokens(
     return taken, next(texts, None) is not None
 
 
-def _read_hub(name: str, repo: str, config: str | None, split: str | None) -> Iterator[Row]:
+def _read_hub(
+    name: str, repo: str, config: str | None, split: str | None, option: str
+) -> Iterator[Row]:
     """Stream a hub data set; what was read is kept, and read again when the hub is offline."""
     from huggingface_hub import cached_assets_path, constants
 
@@ -376,23 +401,30 @@ def _read_hub(name: str, repo: str, config: str | None, split: str | None) -> It
     if constants.HF_HUB_OFFLINE:
         if not kept.is_file():
             raise DataError(
-                f"--data {name}: offline (HF_HUB_OFFLINE), and it was never read on this machine."
+                f"{option} {name}: offline (HF_HUB_OFFLINE), and it was never read on this machine."
             )
         for number, row in enumerate(json.loads(kept.read_text(encoding="utf-8")), start=1):
             yield f"{name} row {number}", row
         return
     rows: list[dict[str, Any]] = []
     try:
-        for number, row in enumerate(_stream(name, repo, config, split), start=1):
-            rows.append({k: v for k, v in row.items() if isinstance(v, str | int | None)})
+        for number, row in enumerate(_stream(name, repo, config, split, option), start=1):
+            rows.append({name: value for name, value in row.items() if _kept(value)})
             yield f"{name} row {number}", row
     finally:
         if rows:
             write_json(kept, rows)
 
 
+def _kept(value: Any) -> bool:
+    """Whether a value of a hub data set can be a text, a label or the choices of an item."""
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return isinstance(value, str | int | None)
+
+
 def _stream(
-    name: str, repo: str, config: str | None, split: str | None
+    name: str, repo: str, config: str | None, split: str | None, option: str
 ) -> Iterator[dict[str, Any]]:
     import datasets
 
@@ -402,4 +434,4 @@ def _stream(
         yield from stream
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"--data {name}: {reason}") from None
+        raise DataError(f"{option} {name}: {reason}") from None
