@@ -354,21 +354,18 @@ class _Sums:
         y = x if is_equal else _values(b, infos[1])
         if not same_dtype:
             self.changed += int(((x != y) & ~(x.isnan() & y.isnan())).sum())
-        finite = x.isfinite() & y.isfinite()
-        if not finite.all():
+        squares = float(x @ x), float(y @ y)
+        if not math.isfinite(sum(squares)):
+            finite = x.isfinite() & y.isfinite()
             self.not_finite += int((~finite).sum())
             x, y = x[finite], y[finite]
-        square = float(x @ x)
-        self.norm_a += square
-        if is_equal:
-            self.norm_b += square
-            self.product += square
-            return
-        change = y - x
-        self.norm_b += float(y @ y)
-        self.product += float(x @ y)
-        self.norm_change += float(change @ change)
-        if len(change):
+            squares = float(x @ x), float(y @ y)
+        self.norm_a += squares[0]
+        self.norm_b += squares[1]
+        self.product += squares[0] if is_equal else float(x @ y)
+        if not is_equal and len(x):
+            change = y - x
+            self.norm_change += float(change @ change)
             self.largest = max(self.largest, float(change.abs().max()))
 
     def numbers(self) -> dict[str, Any]:
