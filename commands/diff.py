@@ -249,6 +249,7 @@ def _described(trace: "TraceStore") -> dict[str, Any]:
     return {
         "trace": str(trace.path),
         "model": manifest.model,
+        "intervention": manifest.intervention,
         "revision": manifest.revision,
         "dtype": manifest.dtype,
         "device": manifest.device,
@@ -270,7 +271,7 @@ def trace_lines(found: "TraceDiff") -> "list[RenderableType]":
         if trace is not None:
             manifest = trace.manifest
             batch = manifest.plan.get("batch_tokens")
-            facts = [manifest.model, manifest.dtype, manifest.device]
+            facts = [manifest.title, manifest.dtype, manifest.device]
             facts += [] if batch is None else [f"batches of {batch:,} tokens"]
             known = ", ".join(filter(None, facts))
             shown.append(escape(f"{name:6} {trace.path}: {known}"))

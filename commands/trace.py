@@ -13,6 +13,7 @@ from moetools.options import (
     DtypeOption,
     GroupColumnOption,
     IdColumnOption,
+    InterventionOption,
     JsonOption,
     ModelArgument,
     OutOption,
@@ -84,6 +85,7 @@ def trace(
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    intervention: InterventionOption = None,
     experts_implementation: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +128,7 @@ def trace(
             seed=seed,
             device=device,
             dtype=dtype,
+            intervention=intervention,
             experts_implementation=experts_implementation,
             trust_remote_code=trust_remote_code,
             allow_nan=allow_nan,
@@ -157,6 +160,7 @@ def summary(run: "TraceRun") -> dict[str, Any]:
         "notes": list(manifest.notes),
         "dtype": manifest.dtype,
         "device": manifest.device,
+        "intervention": manifest.intervention,
         "tokens_bytes": _size(run.store.path / "tokens"),
         "sequences_bytes": _size(run.store.path / "sequences"),
         "recorded_tokens": run.num_tokens,
@@ -178,7 +182,7 @@ def lines(run: "TraceRun", out: Path) -> list[str]:
     if set(run.store.manifest.keep) - {"nll"}:
         per_expert = f" with {', '.join(run.store.manifest.keep)}"
     shown = [
-        f"[bold]{found['model']}[/bold] on {found['device']} in {found['dtype']}",
+        f"[bold]{run.store.manifest.title}[/bold] on {found['device']} in {found['dtype']}",
         f"  coverage   {found['coverage']}",
         f"  data       {sequences}",
         f"  size       {console.bytes_text(found['tokens_bytes'])} for tokens{per_expert}, "

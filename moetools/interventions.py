@@ -275,7 +275,7 @@ def check_fits(
     for name in intervention.routers:
         made_for = intervention.fingerprints.get(name)
         key = specs[name].weight_key
-        if made_for != checkpoint.fingerprint([key])[key]:
+        if checkpoint.fingerprint([key])[key] != made_for:
             raise CheckpointError(
                 f"The intervention was made for {intervention.model or 'another checkpoint'}; "
                 f"router {name} of {checkpoint.name} has other weights. Use the checkpoint that it "
@@ -548,12 +548,14 @@ def steered_routers(
     Args:
         model: Loaded; the tensors of the rules are read from it.
         routers: Of the model.
-        intervention: `check_routers` has accepted it.
+        intervention: For this model.
         rules: Of `find_rules`, on the same model.
 
     Raises:
-        ArchitectureError: The scoring rule of a router is unknown.
+        RequestError: It names a router or an expert that there is none of.
+        ArchitectureError: A router cannot be changed, or its scoring rule is unknown.
     """
+    check_routers(intervention, routers)
     found = []
     for spec in routers:
         if spec.name not in intervention.routers:
@@ -580,7 +582,7 @@ def steered_routers(
 def steered(
     model: Any,
     opened: OpenedModel,
-    intervention: RouterIntervention,
+    intervention: RouterIntervention | None,
     *,
     rules: Mapping[str, ScoringRule | None] | None = None,
 ) -> Iterator[Steering]:
@@ -592,7 +594,7 @@ def steered(
     Args:
         model: Loaded from `opened`.
         opened: Checkpoint and routers.
-        intervention: Made for this checkpoint.
+        intervention: Made for this checkpoint; None changes nothing.
         rules: Of `find_rules` on this model, to save its forward pass; None finds them.
 
     Raises:
@@ -600,9 +602,11 @@ def steered(
         RequestError: It names a router or an expert that there is none of.
         ArchitectureError: A router cannot be changed, or its scoring rule is unknown.
     """
-    check_fits(intervention, opened.checkpoint, opened.routers)
-    if rules is None:
-        rules = find_rules(model, opened.routers) if intervention.routers else {}
-    changed = steered_routers(model, opened.routers, intervention, rules)
+    changed: tuple[SteeredRouter, ...] = ()
+    if intervention is not None:
+        check_fits(intervention, opened.checkpoint, opened.routers)
+        if rules is None and intervention.routers:
+            rules = find_rules(model, opened.routers)
+        changed = steered_routers(model, opened.routers, intervention, rules or {})
     with Steering(model, changed) as steering:
         yield steering

@@ -71,3 +71,42 @@ TrustRemoteCodeOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint."),
 ]
+InterventionOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--intervention",
+        metavar="FILE",
+        help="Steer the routers while the model runs, as the file of 'moetools steer' says.",
+        show_default=False,
+    ),
+]
+LinkOption = Annotated[
+    bool,
+    typer.Option(
+        "--link",
+        help="Hard-link weight files without changes. Writing into one of them later changes the "
+        "input too.",
+    ),
+]
+CarryAllOption = Annotated[
+    bool,
+    typer.Option(
+        "--carry-all",
+        help="Keep weights in other forms (original/, *.gguf, *.bin, ...), which are not edited.",
+    ),
+]
+KeepOriginalsOption = Annotated[
+    bool,
+    typer.Option(
+        "--keep-originals", help="Keep what 'revert' needs even where it is larger than 1 GiB."
+    ),
+]
+PatchOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--patch",
+        metavar="FILE",
+        help="Write the edit to a small file too, for 'moetools apply'.",
+        show_default=False,
+    ),
+]

@@ -87,6 +87,10 @@ def _check_floor(floor: TraceStore, a: TraceStore) -> None:
                 f"--floor {floor.path}: router {router.name} is not that of {a.path}. Record the "
                 f"model of {a.path} ({a.manifest.model}) again, with another --batch-tokens."
             )
+    if floor.manifest.intervention != a.manifest.intervention:
+        raise RequestError(
+            f"--floor {floor.path}: it was recorded under another --intervention than {a.path}."
+        )
 
 
 def _floor_notes(floor: TraceStore, a: TraceStore) -> list[str]:

@@ -90,10 +90,16 @@ class TraceManifest:
     seed: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    intervention: dict[str, Any] | None = None
     num_parts: int = 0
     coverage: str = ""
     notes: tuple[str, ...] = ()
     complete: bool = False
+
+    @property
+    def title(self) -> str:
+        """The model, and whether its routers were changed while it ran."""
+        return self.model if self.intervention is None else f"{self.model}, steered"
 
     def to_json(self) -> dict[str, Any]:
         """The document written as `manifest.json`."""

@@ -45,6 +45,7 @@ from moetools.checkpoint import Checkpoint
 from moetools.errors import RequestError, RoutingError, TraceError
 from moetools.files import check_output, output_folder
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, router_tensor
+from moetools.interventions import SteeredRouter, check_fits, read_intervention, steered
 from moetools.opening import BATCH_TOKENS, open_model
 from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.texts import HUB_TOKENS, TextData, read_texts, split_group
@@ -96,6 +97,7 @@ class TraceOptions:
         seed: Of that draw.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        intervention: File that says how the routers are steered while the model runs.
         experts_implementation: `eager`, `batched_mm` or `grouped_mm`; None as in `load_model`.
         trust_remote_code: Run code that comes with the checkpoint.
         allow_nan: Record NaN instead of stopping.
@@ -122,6 +124,7 @@ class TraceOptions:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    intervention: Path | None = None
     experts_implementation: str | None = None
     trust_remote_code: bool = False
     allow_nan: bool = False
@@ -172,12 +175,18 @@ def record(options: TraceOptions) -> TraceRun:
             can be resumed.
     """
     options = _checked(options)
+    intervention = None
+    if options.intervention is not None:
+        intervention = read_intervention(options.intervention)
+    inputs = local_inputs(options.model, options.data)
+    if options.intervention is not None:
+        inputs.append(options.intervention)
     claim: dict[str, Any] = {
         "kind": "trace",
         "overwrite": options.overwrite,
         "resume": options.resume,
         "resumable": True,
-        "inputs": local_inputs(options.model, options.data),
+        "inputs": inputs,
     }
     check_output(options.out, **claim)
     opened = open_model(
@@ -187,6 +196,8 @@ def record(options: TraceOptions) -> TraceRun:
         trust_remote_code=options.trust_remote_code,
         purpose="recorded",
     )
+    if intervention is not None:
+        check_fits(intervention, opened.checkpoint, opened.routers)
     checkpoint, device, tokenizer = opened.checkpoint, opened.device, opened.tokenizer
     sequence_length = opened.sequence_length(options.sequence_length)
     data = _read(options, tokenizer)
@@ -219,6 +230,8 @@ def record(options: TraceOptions) -> TraceRun:
         seed=options.seed,
         versions=_versions(),
         plan=_plan(options, device, sequences, sequence_length, opened.text_config.vocab_size),
+        intervention=None if intervention is None else intervention.to_json(),
+        notes=() if intervention is None else (f"Steered: {intervention.describe()}.",),
     )
     if options.part_tokens is None:
         manifest.plan["part_tokens"] = min(PART_TOKENS[device.type], _part_limit(manifest))
@@ -233,11 +246,14 @@ def record(options: TraceOptions) -> TraceRun:
             specs=opened.routers,
         )
         if run.missing:
-            with opened.load(
-                experts_implementation=options.experts_implementation,
-                scratch=folder.path / OFFLOAD,
-            ) as model:
-                run.record(model)
+            with (
+                opened.load(
+                    experts_implementation=options.experts_implementation,
+                    scratch=folder.path / OFFLOAD,
+                ) as model,
+                steered(model, opened, intervention) as steering,
+            ):
+                run.record(model, steering.routers)
         run.finish()
     return TraceRun(
         store=TraceStore(options.out),
@@ -439,9 +455,11 @@ class _Run:
         self._kept = _sampled_tokens(manifest)
         self._starts = np.cumsum([0, *(len(sequence.token_ids) for sequence in sequences)])
 
-    def record(self, model: Any) -> None:
+    def record(self, model: Any, steered_routers: Mapping[str, SteeredRouter]) -> None:
         """Run the model over the missing parts and write them."""
-        self._scorers = {spec.name: _Scorer(model, spec) for spec in self._specs}
+        self._scorers = {
+            spec.name: _Scorer(model, spec, steered_routers.get(spec.name)) for spec in self._specs
+        }
         if self._writer is not None:
             for router in self._manifest.routers:
                 self._scorers[router.name].restore(router.rule)
@@ -620,10 +638,13 @@ def _head_outputs(logits: Tensor, input_ids: Tensor, lengths: Sequence[int]) -> 
 class _Scorer:
     """Turns what one router did into what a trace stores."""
 
-    def __init__(self, model: Any, spec: RouterSpec) -> None:
+    def __init__(self, model: Any, spec: RouterSpec, steered_router: SteeredRouter | None) -> None:
         self._spec = spec
+        self._steered = steered_router
         self.rule: ScoringRule | None = None
         self._bias = router_tensor(model, spec.correction_bias_name)
+        if steered_router is not None:
+            self._bias = steered_router.correction_bias
         self._expert_scale = router_tensor(model, spec.expert_scale_name)
 
     def restore(self, rule: dict[str, Any] | None) -> None:
@@ -631,7 +652,9 @@ class _Scorer:
         self.rule = None if rule is None else ScoringRule.from_json(rule)
 
     def fitting_rules(self, routing: Routing) -> tuple[ScoringRule, ...]:
-        """Rules that reproduce a batch."""
+        """Rules that reproduce a batch; of a steered router, the one it is steered by."""
+        if self._steered is not None:
+            return (self._steered.rule,)
         if routing.router_logits is None:
             return ()
         return fitting_rules(

@@ -85,7 +85,7 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("template.html").render(
-        title=", ".join(dict.fromkeys(short_name(trace.manifest.model) for trace in traces)),
+        title=", ".join(dict.fromkeys(short_name(trace.manifest.title) for trace in traces)),
         traces=traces,
         partial=[trace for trace in traces if not trace.manifest.complete],
         findings={name: split_findings(found) for name, found in findings.items()},
@@ -126,7 +126,7 @@ def provenance(traces: Sequence[TraceStore]) -> list[tuple[str, list[str]]]:
     """Rows of the provenance table: what, and its value in each trace."""
     rows = {
         "Coverage": [trace.manifest.coverage for trace in traces],
-        "Model": [trace.manifest.model for trace in traces],
+        "Model": [trace.manifest.title for trace in traces],
         "Revision": [trace.manifest.revision or "" for trace in traces],
         "Family": [trace.manifest.family for trace in traces],
         "Tokens": [f"{trace.num_tokens:,}" for trace in traces],

@@ -25,7 +25,7 @@ def lines(report: Report) -> Iterator[RenderableType]:
     for trace in report.traces:
         manifest = trace.manifest
         named = several and trace.name != manifest.model
-        yield Text(f"{trace.name}: {manifest.model}" if named else manifest.model, style="bold")
+        yield Text(f"{trace.name}: {manifest.title}" if named else manifest.title, style="bold")
         groups = f", {len(trace.groups)} groups" if trace.groups else ""
         coverage = manifest.coverage or f"{trace.num_tokens:,} tokens"
         yield Text(f"{coverage}; {trace.num_sequences:,} sequences{groups}")
