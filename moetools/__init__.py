@@ -4,19 +4,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetools.applying import apply
     from moetools.diffing import diff
     from moetools.layer_probe import probe
     from moetools.reporting.report import report
+    from moetools.reverting import revert
     from moetools.tracing import trace
 
     __version__: str
 
-__all__ = ["__version__", "diff", "probe", "report", "trace"]
+__all__ = ["__version__", "apply", "diff", "probe", "report", "revert", "trace"]
 
 _VERBS = {
+    "apply": "moetools.applying",
     "diff": "moetools.diffing",
     "probe": "moetools.layer_probe",
     "report": "moetools.reporting.report",
+    "revert": "moetools.reverting",
     "trace": "moetools.tracing",
 }
 """Where each verb of the library lives; imported on first use."""

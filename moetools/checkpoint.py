@@ -319,6 +319,7 @@ class Checkpoint:
         if isinstance(self._source, HubRepository):
             ignore = [] if other_weights else list(OTHER_WEIGHTS)
             self._source.download(["*"], ignore=ignore)
+            self._source.download(["moetools/*"], ignore=())
         return folder
 
     def _sha256(self, info: TensorInfo) -> str:

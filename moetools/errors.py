@@ -7,6 +7,7 @@
     ├── DataError            texts, columns or ids are missing or unusable
     ├── TraceError           a trace is unreadable, incomplete, or of another format
     ├── RoutingError         a recorded router produced values that cannot be trusted
+    ├── EditError            an edit does not belong here: a patch or undo of other weights
     ├── OutputError          the output folder may not be written
     └── MachineError         the machine failed, not the input (disk full, no memory): exit code 1
 
@@ -43,6 +44,10 @@ class TraceError(MoEToolsError):
 
 class RoutingError(MoEToolsError):
     """A router produced values that cannot be trusted (NaN logits, ids out of range)."""
+
+
+class EditError(MoEToolsError):
+    """A patch is damaged or of another checkpoint, or an edit cannot be undone."""
 
 
 class OutputError(MoEToolsError):

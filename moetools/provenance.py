@@ -49,19 +49,21 @@ def read_edits(folder: Path, name: str) -> list[dict[str, Any]]:
         return []
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        found, edits = document["format"], document["edits"]
-        is_valid = isinstance(edits, list) and all(isinstance(edit, dict) for edit in edits)
+        found, edits = document["format"], list(document["edits"])
+        reason = "" if all(isinstance(edit, dict) for edit in edits) else "an edit is no object"
     except (ValueError, KeyError, TypeError) as error:
+        reason = str(error)
+    if reason:
         raise CheckpointError(
-            f"{name}/{PROVENANCE} is damaged ({error}). Restore it, or remove it together with "
+            f"{name}/{PROVENANCE} is damaged ({reason}). Restore it, or remove it together with "
             f"{PROVENANCE_FOLDER}/ to give up what it says about earlier edits."
-        ) from error
-    if found != FORMAT or not is_valid:
+        )
+    if found != FORMAT:
         raise CheckpointError(
             f"{name}/{PROVENANCE} has format {found!r}, expected {FORMAT}: it was written by "
             "another version of moetools. Use that version."
         )
-    return list(edits)
+    return edits
 
 
 def encode_edits(edits: list[dict[str, Any]]) -> bytes:

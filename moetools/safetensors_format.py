@@ -77,15 +77,22 @@ class TensorLayout:
         return max(DTYPE_BITS.get(self.dtype, 8) // 8, 1)
 
 
+def is_aligned(tensors: Iterable[TensorLayout]) -> bool:
+    """Whether every tensor lies where its dtype can be read in place, one after the other."""
+    position = 0
+    for tensor in tensors:
+        if tensor.num_bytes and position % tensor.alignment:
+            return False
+        position += tensor.num_bytes
+    return True
+
+
 def aligned(tensors: Iterable[TensorLayout]) -> list[TensorLayout]:
     """The tensors in this order, or larger dtypes first where one of them would lie askew."""
     ordered = list(tensors)
-    position = 0
-    for tensor in ordered:
-        if position % tensor.alignment:
-            return sorted(ordered, key=lambda tensor: -tensor.alignment)
-        position += tensor.num_bytes
-    return ordered
+    if is_aligned(ordered):
+        return ordered
+    return sorted(ordered, key=lambda tensor: -tensor.alignment)
 
 
 def encode_header(

@@ -5,6 +5,7 @@ shape or dtype the file is streamed into a new one under a new header.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from moetools.safetensors_format import (
     TensorLayout,
     aligned,
     encode_header,
+    is_aligned,
     parse_header,
     read_header,
 )
@@ -154,16 +156,18 @@ def edited_header(
 ) -> tuple[bytes, int]:
     """Header and size of a file in which tensors were replaced, and new ones added at its end.
 
-    The order stays unless a tensor would come to lie where its dtype cannot be read.
+    The order stays unless a tensor would newly come to lie where its dtype cannot be read in place.
     """
     entries = json.loads(header)
     metadata = entries.pop("__metadata__", {})
-    kept = [
-        changed.get(key)
-        or TensorLayout(key=key, dtype=info.dtype, shape=info.shape, num_bytes=info.num_bytes)
+    before = [
+        TensorLayout(key=key, dtype=info.dtype, shape=info.shape, num_bytes=info.num_bytes)
         for key, info in old.items()
     ]
-    layout = aligned([*kept, *(tensor for key, tensor in changed.items() if key not in old)])
+    layout = [changed.get(tensor.key, tensor) for tensor in before]
+    layout += [tensor for key, tensor in changed.items() if key not in old]
+    if is_aligned(before):
+        layout = aligned(layout)
     new = encode_header(layout, metadata, names=entries)
     return new, 8 + len(new) + sum(tensor.num_bytes for tensor in layout)
 
@@ -172,11 +176,24 @@ def file_header(path: Path, where: str) -> tuple[bytes, int]:
     """JSON header and size in bytes of a safetensors file on this machine."""
 
     def read(begin: int, end: int) -> tuple[bytes, int]:
-        with path.open("rb") as file:
-            file.seek(begin)
-            return file.read(end - begin), path.stat().st_size
+        return read_range(path, begin, end), path.stat().st_size
 
     return read_header(read, where)
+
+
+def read_range(path: Path, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file."""
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
+
+
+def hash_range(path: Path, begin: int, end: int) -> str:
+    """Sha256 (hexadecimal) of bytes [begin, end) of a file."""
+    digest = hashlib.sha256()
+    for position in range(begin, end, CHUNK):
+        digest.update(read_range(path, position, min(position + CHUNK, end)))
+    return digest.hexdigest()
 
 
 def tensor_layout(key: str, change: TensorChange, old: TensorInfo | None) -> TensorLayout:

@@ -43,6 +43,7 @@ from moetools.shards import (
     copy_file,
     edited_header,
     file_header,
+    hash_range,
     replace_tensors,
     rewrite,
     tensor_layout,
@@ -112,7 +113,11 @@ class WrittenCheckpoint:
 
 
 def check_destination(
-    checkpoint: Checkpoint, out: Path, options: WriteOptions | None = None
+    checkpoint: Checkpoint,
+    out: Path,
+    options: WriteOptions | None = None,
+    *,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Raise what `write_checkpoint` would raise about where it writes, before long work.
 
@@ -120,13 +125,17 @@ def check_destination(
         OutputError: `out` or the patch may not be written.
     """
     options = options or WriteOptions()
-    inputs = () if checkpoint.path is None else (checkpoint.path,)
+    inputs = [*inputs, *(() if checkpoint.path is None else (checkpoint.path,))]
     check_output(out, kind=KIND, overwrite=options.overwrite, inputs=inputs)
     _check_patch_path(options, out, inputs)
 
 
 def write_checkpoint(
-    plan: EditPlan, out: Path, *, options: WriteOptions | None = None
+    plan: EditPlan,
+    out: Path,
+    *,
+    options: WriteOptions | None = None,
+    inputs: Sequence[Path] = (),
 ) -> WrittenCheckpoint:
     """Write the checkpoint that a plan describes into a new folder.
 
@@ -134,6 +143,7 @@ def write_checkpoint(
         plan: What changes. Every tensor is produced once, one at a time.
         out: The new folder; appears complete or not at all.
         options: How it is written.
+        inputs: What else the plan reads; `out` may be none of them, nor contain one.
 
     Raises:
         OutputError: `out` may not be written: it exists, is or contains an input, ...
@@ -143,7 +153,7 @@ def write_checkpoint(
     """
     options = options or WriteOptions()
     out = Path(os.path.abspath(out))
-    check_destination(plan.checkpoint, out, options)
+    check_destination(plan.checkpoint, out, options, inputs=inputs)
     source = plan.checkpoint.whole_path(other_weights=options.carry_all)
     contents = folder_contents(
         source, shards=plan.checkpoint.shard_sizes, carry_all=options.carry_all
@@ -168,9 +178,11 @@ def write_checkpoint(
     with ExitStack() as stack:
         patch = None
         if options.patch is not None:
-            patch = stack.enter_context(PatchWriter.open(plan, options.patch, source))
+            patch = stack.enter_context(PatchWriter.open(plan, options.patch))
         folder = stack.enter_context(
-            output_folder(out, kind=KIND, overwrite=options.overwrite, inputs=job.inputs)
+            output_folder(
+                out, kind=KIND, overwrite=options.overwrite, inputs=[*inputs, *job.inputs]
+            )
         ).path
         builder = FolderBuilder(job, folder, link=options.link)
         builder.patch = patch
@@ -195,7 +207,12 @@ def write_checkpoint(
                 "kept: moetools revert needs --base with the input, unless you write again with "
                 "--keep-originals."
             )
-        num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if builder.linked:
+            notes.append(
+                f"{len(builder.linked)} weight files are hard links: what is written into one of "
+                "them later changes the input too."
+            )
+        num_bytes = builder.num_bytes
     return WrittenCheckpoint(
         path=out,
         number=number,
@@ -214,6 +231,52 @@ def write_checkpoint(
     )
 
 
+def summary(written: WrittenCheckpoint) -> list[str]:
+    """What a user should read about a checkpoint that was written."""
+    planned = len(written.changed) + len(written.rounded_away)
+    files = f", {len(written.files)} small files" if written.files else ""
+    lines = [
+        f"{written.path}: {_count(len(written.changed), 'tensor')} changed{files}; "
+        f"{_size(written.num_bytes)} written in {written.write_seconds:.1f} s, changes read back "
+        f"and compared in {written.verify_seconds:.1f} s."
+    ]
+    if written.rounded_away:
+        everything = "Nothing changed: " if not written.changed else ""
+        lines.append(
+            f"{everything}{len(written.rounded_away)} of {planned} planned tensors rounded away: "
+            f"in the dtype that they are stored in their bytes are those of the input "
+            f"({_some(written.rounded_away)})."
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, reason in written.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"Not carried: {_some(names)}: {reason}." for reason, names in reasons.items()]
+    lines += written.notes
+    if written.patch is not None:
+        lines.append(f"The edit alone: {written.patch}; use it with moetools apply.")
+    return lines
+
+
+def as_json(written: WrittenCheckpoint) -> dict[str, Any]:
+    """The same as plain values."""
+    return {
+        "path": str(written.path),
+        "edit": written.number,
+        "changed": list(written.changed),
+        "added": list(written.added),
+        "rounded_away": list(written.rounded_away),
+        "files": list(written.files),
+        "left_out": dict(written.left_out),
+        "linked": list(written.linked),
+        "undo": written.undo and str(written.undo),
+        "patch": written.patch and str(written.patch),
+        "num_bytes": written.num_bytes,
+        "write_seconds": written.write_seconds,
+        "verify_seconds": written.verify_seconds,
+        "notes": list(written.notes),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FolderJob:
     """A new checkpoint folder, as it differs from another; edits and their reversal are such.
@@ -226,6 +289,7 @@ class FolderJob:
         files: Small files that are replaced or added, by name.
         removed: Keys that do not go along.
         removed_files: Small files and folders that do not go along.
+        removed_folders: Folders that do not go along where no file remains in them.
         headers: Exact header of a weight file, where it is not to be derived.
     """
 
@@ -236,6 +300,7 @@ class FolderJob:
     files: Mapping[str, bytes] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
     removed_files: frozenset[str] = frozenset()
+    removed_folders: frozenset[str] = frozenset()
     headers: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -310,6 +375,11 @@ class FolderBuilder:
             for name, content in self.files.items()
             if self._original_file(name) != content
         }
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the folder as it is."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
     @property
     def rewritten(self) -> dict[str, bytes]:
@@ -392,7 +462,7 @@ class FolderBuilder:
     def write_files(self) -> None:
         """Write every small file but `config.json`."""
         for name in self.job.contents.folders:
-            if name not in self.job.removed_files:
+            if self._stays(name) and name not in self.job.removed_folders:
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         for name, path in self.job.contents.files.items():
             if name not in self.files and name not in (CONFIG, PROVENANCE) and self._stays(name):
@@ -448,6 +518,7 @@ class FolderBuilder:
             },
             "new_shards": [shard.name for shard in self._shards if shard.source is None],
             "rewritten_shards": {name: sha256(header) for name, header in self.rewritten.items()},
+            "new_folders": self._new_folders(),
             "left_out": dict(self.job.contents.left_out),
             "linked": list(self.linked),
             "undo": undo,
@@ -590,7 +661,7 @@ class FolderBuilder:
             tensors = parse_header(header, size, shard.name, str(path))
             for key in shard.changed:
                 info, change = tensors[key], self.job.changes[key]
-                found = _hash_range(path, info.begin, info.end)
+                found = hash_range(path, info.begin, info.end)
                 if (info.dtype, info.shape, found) != (
                     change.dtype, tuple(change.shape), self.after[key],
                 ):  # fmt: skip
@@ -598,6 +669,16 @@ class FolderBuilder:
                         f"{key}: what was read back from {path} is not what was written. Check "
                         "the disk."
                     )
+
+    def _new_folders(self) -> list[str]:
+        """Folders that the input does not have, the provenance's own too."""
+        names = {PROVENANCE_FOLDER} | {
+            parent.as_posix()
+            for name in self.job.files
+            for parent in PurePosixPath(name).parents
+            if parent.parts
+        }
+        return sorted(names.difference(self.job.contents.folders))
 
     def _is_same(self, key: str) -> bool:
         old, change = self.job.checkpoint.tensors.get(key), self.job.changes[key]
@@ -679,15 +760,6 @@ def _free_name(taken: set[str]) -> str:
     return f"model-added-{number}.safetensors"
 
 
-def _hash_range(path: Path, begin: int, end: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        for position in range(begin, end, CHUNK):
-            file.seek(position)
-            digest.update(file.read(min(CHUNK, end - position)))
-    return digest.hexdigest()
-
-
 def _sync_tree(folder: Path, without: Sequence[str]) -> None:
     """Make every file of a folder durable; hard links to other folders are left alone."""
     for path, _, names in os.walk(folder, topdown=False):
@@ -705,6 +777,15 @@ def _sync_tree(folder: Path, without: Sequence[str]) -> None:
 
 def _same_disk(path: Path, folder: Path) -> bool:
     return path.resolve().parent.stat().st_dev == folder.stat().st_dev
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _size(num_bytes: int) -> str:
