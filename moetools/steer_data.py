@@ -120,9 +120,8 @@ def read_tasks(options: SteerOptions) -> Tasks | None:
     )
     column = options.split_column or SPLIT_COLUMN
     if options.split_column is None and column not in items[0].columns:
-        dev, test = [], []
-        for item in items:
-            (dev if _in_first_half(item, options.seed) else test).append(item)
+        dev = [item for item in items if _in_first_half(item, options.seed)]
+        test = [item for item in items if not _in_first_half(item, options.seed)]
         how = f"no column '{column}': halves by a hash of the id, seed {options.seed}"
     else:
         dev, test = (_of_part(items, column, part) for part in (DEV, TEST))

@@ -13,6 +13,7 @@ MODES = ("soft", "hard")
 AUTO = "auto"
 SPLIT_COLUMN = "split"
 MAX_TOKENS = 20_000
+DEFAULT_STRENGTH = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +26,8 @@ class SteerOptions:
         generic: DATA each: texts that the task is compared with.
         layers: `A:B` (both included) or `A`, several with commas.
         tau: Smallest difference in selection frequency; `auto` takes what stands out of the noise.
-        strengths: In standard deviations of a token's logits, 0 to 1; several are a sweep.
+        strengths: Of `soft`, in standard deviations of a token's logits, 0 to 1; several are a
+            sweep, none is `DEFAULT_STRENGTH`.
         mode: `soft` adds to the logits, `hard` makes them the largest (or smallest).
         deactivate: Demote the experts that the target uses less, instead of promoting those that
             it uses more.
@@ -36,7 +38,8 @@ class SteerOptions:
         out: Folder of the new checkpoint; None writes none.
         patch: File for the edit as a patch; None writes none.
         save_intervention: File for the hook; None writes none.
-        force: Write an edit that does not do what the hook does, or that may derail the model.
+        link, carry_all, keep_originals: As in `WriteOptions`.
+        force: Write an edit that does not do what the hook does.
         overwrite: Replace a checkpoint or file that moetools wrote.
         text_column: Column of the texts.
         max_tokens: Tokens of target and of generic texts, each.
@@ -49,7 +52,7 @@ class SteerOptions:
     generic: tuple[str, ...]
     layers: str
     tau: str | float = AUTO
-    strengths: tuple[float, ...] = (0.5,)
+    strengths: tuple[float, ...] = ()
     mode: str = "soft"
     deactivate: bool = False
     tasks: str | None = None
@@ -61,6 +64,9 @@ class SteerOptions:
     out: Path | None = None
     patch: Path | None = None
     save_intervention: Path | None = None
+    link: bool = False
+    carry_all: bool = False
+    keep_originals: bool = False
     force: bool = False
     overwrite: bool = False
     text_column: str = "text"
@@ -73,13 +79,20 @@ class SteerOptions:
     trust_remote_code: bool = False
 
     @property
+    def tried(self) -> tuple[float, ...]:
+        """Strengths to try, smallest first; hard steering has 1."""
+        if self.mode == "hard":
+            return (1.0,)
+        return tuple(sorted(self.strengths)) or (DEFAULT_STRENGTH,)
+
+    @property
     def writes(self) -> bool:
         """Whether anything is written."""
         return any((self.out, self.patch, self.save_intervention))
 
     @property
-    def folds(self) -> bool:
-        """Whether weights are to change."""
+    def changes_weights(self) -> bool:
+        """Whether steering is to be folded into weights."""
         return self.out is not None or self.patch is not None
 
 
@@ -151,7 +164,7 @@ def check_options(options: SteerOptions) -> None:
     if options.mode not in MODES:
         raise RequestError(f"--mode {options.mode}: expected {' or '.join(MODES)}.")
     _check_strengths(options)
-    if options.mode == "hard" and options.folds:
+    if options.mode == "hard" and options.changes_weights:
         flag = "--out" if options.out is not None else "--patch"
         raise RequestError(
             f"{flag}: hard steering depends on every token's largest logit, which no tensor of a "
@@ -169,8 +182,8 @@ def check_options(options: SteerOptions) -> None:
 
 def _check_strengths(options: SteerOptions) -> None:
     shown = ",".join(f"{each:g}" for each in options.strengths)
-    if not options.strengths:
-        raise RequestError("--strength: no number in it. Pass one from 0 to 1.")
+    if options.mode == "hard" and options.strengths:
+        raise RequestError(f"--strength {shown}: hard steering has none. Leave it out.")
     for strength in options.strengths:
         if not (math.isfinite(strength) and 0 < strength <= 1):
             hint = " --deactivate demotes experts." if strength < 0 else ""
@@ -180,8 +193,6 @@ def _check_strengths(options: SteerOptions) -> None:
             )
     if len(set(options.strengths)) < len(options.strengths):
         raise RequestError(f"--strength {shown}: a strength occurs twice.")
-    if len(options.strengths) > 1 and options.mode == "hard":
-        raise RequestError(f"--strength {shown}: hard steering has no strength to choose.")
     if len(options.strengths) > 1 and options.tasks is None and options.writes:
         raise RequestError(
             f"--strength {shown}: nothing to choose a strength by. Add --tasks, or name one "
