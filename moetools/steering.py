@@ -29,7 +29,7 @@ Offsets = Mapping[int, float]
 
 NUM_SPLITS = 200
 FLOOR_LEVEL = 0.95
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def selection_frequencies(
