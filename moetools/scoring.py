@@ -11,8 +11,9 @@ Rows of a batch are padded on the right, behind the mask of the model, so that a
 what else is in its batch by rounding alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,19 @@ from torch import Tensor
 from moetools.batching import plan_parts, tokenise
 from moetools.errors import DataError
 from moetools.items import Item
+from moetools.shared_context import (
+    LOGITS_PER_BATCH,
+    NotShareableError,
+    plan_contexts,
+    score_shared,
+)
 from moetools.tracing import padded
 
 BATCH_TOKENS = 2048
-LOGITS_PER_BATCH = 1 << 27
+CHECKED_ITEMS = 6
+SHARING_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
+"""Largest difference that rounding makes where a context is shared: nats of a choice in float32,
+and in 16 bits the median over choices of nats per scored token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +55,21 @@ class ScoredRow:
     def num_scored(self) -> int:
         """Tokens whose probability counts."""
         return len(self.token_ids) - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceLogliks:
+    """Log-likelihoods of the choices of some items.
+
+    Attributes:
+        values: [R] of each row, in nats.
+        shared: Whether each context went through the model once.
+        reason: Why not, where that was asked for.
+    """
+
+    values: NDArray[np.float64]
+    shared: bool
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,11 +110,54 @@ def score_choices(
     """
     config = model.config.get_text_config()
     rows = choice_rows(items, tokenizer, limit=getattr(config, "max_position_embeddings", None))
-    return item_scores(items, rows, score_rows(model, rows, batch_tokens=batch_tokens))
+    num_choices = [len(item.choices) for item in items]
+    found = choice_logliks(model, rows, num_choices, batch_tokens=batch_tokens)
+    return item_scores(items, rows, found.values)
+
+
+def choice_logliks(
+    model: Any,
+    rows: Sequence[ScoredRow],
+    num_choices: Sequence[int],
+    *,
+    batch_tokens: int,
+    share: bool = True,
+    advance: Callable[[int], None] = lambda num_tokens: None,
+) -> ChoiceLogliks:
+    """Log-likelihood of each row of `choice_rows`, with the context of an item scored once.
+
+    Before anything is scored, some items are scored both ways. Where the results differ by more
+    than rounding, or the model keeps state that choices cannot share, whole rows are scored.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        rows: Item by item; those of an item are the same up to their `start`.
+        num_choices: Rows of each item.
+        batch_tokens: Tokens of a batch at most, padding included.
+        share: False scores whole rows.
+        advance: Told of the tokens of the rows of each batch that is done.
+    """
+    starts = np.cumsum([0, *num_choices])
+    groups = [rows[first:last] for first, last in pairwise(starts)]
+    reason = _why_not_shared(model, groups, batch_tokens) if share else None
+    if not share or reason is not None:
+        values = score_rows(model, rows, batch_tokens=batch_tokens, advance=advance)
+        return ChoiceLogliks(values=values, shared=False, reason=reason)
+    values = np.zeros(len(rows))
+    for batch in plan_contexts(model, groups, batch_tokens=batch_tokens):
+        numbers = [number for item in batch for number in range(*starts[item : item + 2])]
+        of_batch = [groups[item] for item in batch]
+        values[numbers] = score_shared(model, of_batch, batch_tokens=batch_tokens)
+        advance(sum(len(rows[number].token_ids) for number in numbers))
+    return ChoiceLogliks(values=values, shared=True)
 
 
 def text_nll(
-    model: Any, texts: Sequence[NDArray[np.int32]], *, batch_tokens: int = BATCH_TOKENS
+    model: Any,
+    texts: Sequence[NDArray[np.int32]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of each text, a sum in nats, and the number of its predicted tokens.
 
@@ -99,10 +167,11 @@ def text_nll(
         model: A causal language model in evaluation mode.
         texts: Token ids [T] each.
         batch_tokens: Tokens of a batch at most, padding included.
+        advance: Told of the tokens of each batch that is done.
     """
     rows = [ScoredRow(token_ids=token_ids) for token_ids in texts]
     counts = np.array([row.num_scored for row in rows], dtype=np.int64)
-    return -score_rows(model, rows, batch_tokens=batch_tokens), counts
+    return -score_rows(model, rows, batch_tokens=batch_tokens, advance=advance), counts
 
 
 def choice_rows(
@@ -140,9 +209,20 @@ def choice_rows(
 
 
 def score_rows(
-    model: Any, rows: Sequence[ScoredRow], *, batch_tokens: int = BATCH_TOKENS
+    model: Any,
+    rows: Sequence[ScoredRow],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> NDArray[np.float64]:
-    """Log-likelihood [R] of the scored tokens of each row, in nats."""
+    """Log-likelihood [R] of the scored tokens of each row, in nats.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        rows: What goes through it.
+        batch_tokens: Tokens of a batch at most, padding included.
+        advance: Told of the tokens of each batch that is done.
+    """
     device = model.get_input_embeddings().weight.device
     sums = np.zeros(len(rows))
     vocab_size = model.config.get_text_config().vocab_size
@@ -153,6 +233,7 @@ def score_rows(
             logits = model(**arguments).logits
             scored = ScoredTokens(batch)
             sums[list(numbers)] = scored.row_sums(scored.chosen(scored.logprobs(logits)))
+            advance(sum(len(row.token_ids) for row in batch))
     return sums
 
 
@@ -236,6 +317,29 @@ def item_scores(
             )
         )
     return scores
+
+
+def _why_not_shared(
+    model: Any, groups: Sequence[Sequence[ScoredRow]], batch_tokens: int
+) -> str | None:
+    """Score some items, from the shortest to the longest, both ways; None where that agrees."""
+    order = sorted(groups, key=lambda group: group[0].start)
+    places = np.linspace(0, len(order) - 1, min(CHECKED_ITEMS, len(order))).astype(int)
+    checked = [order[place] for place in places]
+    rows = [row for group in checked for row in group]
+    whole = score_rows(model, rows, batch_tokens=batch_tokens)
+    try:
+        difference = np.abs(score_shared(model, checked, batch_tokens=batch_tokens) - whole)
+    except NotShareableError as error:
+        return str(error)
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype == torch.float32:
+        found = float(difference.max())
+    else:
+        found = float(np.median(difference / [row.num_scored for row in rows]))
+    if found <= SHARING_TOLERANCE[dtype]:
+        return None
+    return f"to continue choices from one context changes log-likelihoods by {found:.1g}"
 
 
 def _common_beginning(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
