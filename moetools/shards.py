@@ -1,7 +1,8 @@
 """Copies and rewrites of single weight files: every byte that is not to change stays.
 
-A file with changed tensors is copied and only their bytes are replaced. Where a tensor changes its
-shape or dtype the file is streamed into a new one under a new header.
+Where the file system can, a file with changed tensors shares the blocks of the input's and only
+those tensors are written over; else it is streamed once, with their new bytes in the stream. Where
+a tensor changes its shape or dtype the stream gets another header.
 """
 
 import errno
@@ -43,22 +44,34 @@ NO_KERNEL_COPY = (
 
 def copy_file(source: Path, target: Path, advance: Advance) -> None:
     """Copy the bytes of a file; its blocks are shared where the file system can (reflink)."""
+    if clone_file(source, target):
+        advance(target.stat().st_size)
+        return
     with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-        size = os.fstat(reader.fileno()).st_size
-        if _reflink(reader, writer):
-            advance(size)
-        else:
-            copy_range(reader, writer, 0, size, advance)
+        copy_range(reader, writer, 0, os.fstat(reader.fileno()).st_size, advance)
 
 
-def can_reflink(source: Path, folder: Path) -> bool:
+def clone_file(source: Path, target: Path) -> bool:
+    """Make a copy that shares the blocks of a file; False, and no copy, where it is impossible."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with source.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        except OSError:
+            target.unlink()
+            return False
+    return True
+
+
+def can_clone(source: Path, folder: Path) -> bool:
     """Whether copies of `source` into `folder` take no space."""
-    probe = folder / ".reflink"
-    try:
-        with source.open("rb", buffering=0) as reader, probe.open("xb", buffering=0) as writer:
-            return _reflink(reader, writer)
-    finally:
-        probe.unlink(missing_ok=True)
+    probe = folder / ".clone"
+    cloned = clone_file(source, probe)
+    probe.unlink(missing_ok=True)
+    return cloned
 
 
 def copy_range(
@@ -99,16 +112,13 @@ def write_all(writer: IO[bytes], content: Bytes) -> None:
         rest = rest[writer.write(rest) :]
 
 
-def replace_tensors(
-    path: Path, tensors: Sequence[TensorInfo], produce: Produce, advance: Advance
-) -> None:
-    """Write other bytes over tensors of a file, in place."""
+def replace_tensors(path: Path, tensors: Sequence[TensorInfo], produce: Produce) -> None:
+    """Write other bytes of the same length over tensors of a file."""
     with path.open("rb+", buffering=0) as file:
         for tensor in tensors:
             content = produce(tensor.key)
             file.seek(tensor.begin)
             write_all(file, content)
-            advance(len(content))
 
 
 def rewrite(
@@ -121,7 +131,7 @@ def rewrite(
     produce: Produce,
     advance: Advance,
 ) -> None:
-    """Stream a weight file into one with another header.
+    """Stream a weight file into one with other tensors, and perhaps another header.
 
     Args:
         source: The file as it was.
@@ -257,15 +267,3 @@ class TensorFile:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-
-
-def _reflink(reader: IO[bytes], writer: IO[bytes]) -> bool:
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    try:
-        fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
-    except OSError:
-        return False
-    return True

@@ -39,7 +39,8 @@ from moetools.safetensors_format import TensorInfo, TensorLayout, aligned, parse
 from moetools.shards import (
     CHUNK,
     TensorFile,
-    can_reflink,
+    can_clone,
+    clone_file,
     copy_file,
     edited_header,
     file_header,
@@ -400,7 +401,7 @@ class FolderBuilder:
             MachineError: There is less space than needed.
         """
         existing = [shard for shard in self._shards if shard.source is not None]
-        shares = any(can_reflink(shard.source, self.folder) for shard in existing[:1])  # type: ignore[arg-type]
+        shares = any(can_clone(shard.source, self.folder) for shard in existing[:1])  # type: ignore[arg-type]
         needed = more + SPARE
         for shard in self._shards:
             if shard.header is not None:
@@ -451,10 +452,7 @@ class FolderBuilder:
 
     def write_weights(self) -> None:
         """Write every weight file."""
-        total = sum(
-            shard.header[1] if shard.header else self.job.checkpoint.shard_sizes[shard.name]
-            for shard in self._shards
-        )
+        total = sum(map(self._size, self._shards))
         with console.progress("Writing", total, "bytes") as meter:
             for shard in self._shards:
                 self._write_shard(shard, meter)
@@ -597,18 +595,19 @@ class FolderBuilder:
                     content = self._produce(key)
                     file.write(key, content)
                     meter.advance(len(content))
-        elif shard.header is not None:
-            header, size = shard.header
-            changed = frozenset(shard.changed)
+        elif shard.is_untouched:
+            if not (self._link and self._hard_link(shard, target, meter)):
+                copy_file(shard.source, target, meter.advance)
+        elif shard.header is None and clone_file(shard.source, target):
+            replaced = [info for key, info in shard.old.items() if key in shard.changed]
+            replace_tensors(target, replaced, self._produce)
+            meter.advance(self._size(shard))
+        else:
+            header = shard.header or file_header(shard.source, shard.name)
             rewrite(
-                shard.source, target, header, size, shard.old, changed, self._produce,
+                shard.source, target, *header, shard.old, frozenset(shard.changed), self._produce,
                 meter.advance,
             )  # fmt: skip
-        elif not (shard.is_untouched and self._link and self._hard_link(shard, target, meter)):
-            copy_file(shard.source, target, meter.advance)
-            replaced = [info for key, info in shard.old.items() if key in shard.changed]
-            if replaced:
-                replace_tensors(target, replaced, self._produce, lambda _: None)
 
     def _hard_link(self, shard: Shard, target: Path, meter: console.Meter) -> bool:
         assert shard.source is not None
@@ -652,7 +651,7 @@ class FolderBuilder:
         """Read every changed tensor back and compare it with what was planned."""
         for shard in self._shards:
             path = self.folder / shard.name
-            size = shard.header[1] if shard.header else self.job.checkpoint.shard_sizes[shard.name]
+            size = self._size(shard)
             if shard.source is not None and path.stat().st_size != size:
                 raise MachineError(f"{path} has {path.stat().st_size} bytes, {size} were written.")
             if not shard.changed:
@@ -669,6 +668,10 @@ class FolderBuilder:
                         f"{key}: what was read back from {path} is not what was written. Check "
                         "the disk."
                     )
+
+    def _size(self, shard: Shard) -> int:
+        """Bytes of a weight file of the output; of a new one, of its tensors."""
+        return shard.header[1] if shard.header else self.job.checkpoint.shard_sizes[shard.name]
 
     def _new_folders(self) -> list[str]:
         """Folders that the input does not have, the provenance's own too."""

@@ -478,12 +478,10 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path, sharded):
 
 
 def test_what_was_not_written_is_found(tmp_path, sharded, monkeypatch):
-    replace = writing.replace_tensors
-
-    def lose(path, tensors, produce, advance):
-        replace(path, tensors, lambda key: bytes(len(produce(key))), advance)
-
-    monkeypatch.setattr(writing, "replace_tensors", lose)
+    produce = writing.FolderBuilder._produce
+    monkeypatch.setattr(
+        writing.FolderBuilder, "_produce", lambda self, key: bytes(len(produce(self, key)))
+    )
     key = GATE.format(0)
     with pytest.raises(MachineError, match=r"is not what was written\. Check the disk"):
         write(sharded, {key: other(SHARDS[FIRST][key])}, tmp_path / "out")
