@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from moetools.layer_probe import probe
     from moetools.reporting.report import report
     from moetools.reverting import revert
+    from moetools.steer_run import steer
     from moetools.tracing import trace
 
     __version__: str
 
-__all__ = ["__version__", "apply", "diff", "probe", "report", "revert", "trace"]
+__all__ = ["__version__", "apply", "diff", "probe", "report", "revert", "steer", "trace"]
 
 _VERBS = {
     "apply": "moetools.applying",
@@ -21,6 +22,7 @@ _VERBS = {
     "probe": "moetools.layer_probe",
     "report": "moetools.reporting.report",
     "revert": "moetools.reverting",
+    "steer": "moetools.steer_run",
     "trace": "moetools.tracing",
 }
 """Where each verb of the library lives; imported on first use."""
