@@ -1,4 +1,4 @@
-"""`moetools steer MODEL --target DATA --generic DATA --layers A:B`: promote the experts of a task."""
+"""`moetools steer MODEL --target DATA --generic DATA --layers A:B`: promote a task's experts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moetools import console
+from moetools.errors import RequestError
 from moetools.options import (
     BatchTokensOption,
     CarryAllOption,
@@ -138,9 +139,7 @@ def steer(
     patch: PatchOption = None,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Write weights even where they do not do what the hook does."
-        ),
+        typer.Option("--force", help="Write weights even where they do not do what the hook does."),
     ] = False,
     text_column: TextColumnOption = "text",
     max_tokens: Annotated[
@@ -205,11 +204,13 @@ def steer(
     )
     if json:
         console.show_json(run.document)
-        return
-    for section in sections(run.document):
-        console.show(*render(section))
-    if not run.document["written"]:
-        console.show("Nothing was written: name --out, --patch or --save-intervention for that.")
+    else:
+        for section in sections(run.document):
+            console.show(*render(section))
+    if run.refusal is not None:
+        raise RequestError(run.refusal)
+    if not json and out is patch is save_intervention is None:
+        console.show("Dry run, nothing was written: name --out, --patch or --save-intervention.")
 
 
 def render(section: "Section") -> "list[RenderableType]":

@@ -72,10 +72,7 @@ class LayerFidelity:
             return None
         where = f"layer {self.layer}"
         if self.variation is not None and self.variation > MAX_VARIATION:
-            return (
-                f"{where}: the coefficient of variation of u.x is {self.variation:.2f}, above "
-                f"{MAX_VARIATION:g}"
-            )
+            return _too_variable(self.layer, self.variation)
         if self.agreement < MIN_AGREEMENT:
             return (
                 f"{where}: the folded router selects the hook's set for {self.agreement:.1%} of "
@@ -210,6 +207,30 @@ def folded_values(
     return {targets[fold.router].name: folded_tensor(checkpoint, fold) for fold in folds}
 
 
+def variations(specs: Sequence[RouterSpec], native: NativePass) -> list[str]:
+    """What is wrong with the directions of folds, before a strength is chosen."""
+    found = []
+    for spec in specs:
+        if spec.name in native.products:
+            variation = _quality(native.products[spec.name])[2]
+            if variation > MAX_VARIATION:
+                found.append(_too_variable(spec.layer, variation))
+    return found
+
+
+def _too_variable(layer: int, variation: float) -> str:
+    return (
+        f"layer {layer}: the coefficient of variation of u.x is {variation:.2f}, above "
+        f"{MAX_VARIATION:g}"
+    )
+
+
+def _quality(products: Tensor) -> tuple[float, float, float]:
+    """Mean, standard deviation and coefficient of variation of u.x."""
+    mean, std = float(products.mean()), float(products.std(correction=0))
+    return mean, std, std / max(abs(mean), 1e-12)
+
+
 def measure(
     specs: Sequence[RouterSpec],
     targets: Mapping[str, FoldTarget],
@@ -233,8 +254,7 @@ def measure(
         products = native.products.get(spec.name)
         mean = std = variation = None
         if products is not None:
-            mean, std = float(products.mean()), float(products.std(correction=0))
-            variation = std / max(abs(mean), 1e-12)
+            mean, std, variation = _quality(products)
         agreement, without = (
             float(set_agreement(each.index[spec.name], hook.index[spec.name]).double().mean())
             for each in (folded, native)
@@ -274,22 +294,6 @@ def loss_difference(
     low, high = test.interval()
     ends = [None if np.isnan(end) else float(end) for end in (low, high)]
     return LossDifference(value=float(test.difference), low=ends[0], high=ends[1])
-
-
-def refuse_unfaithful(fidelity: Fidelity) -> None:
-    """Refuse to write what does not do what the hook does.
-
-    Raises:
-        RequestError: A layer is too far from it.
-    """
-    objections = fidelity.objections
-    if objections:
-        others = len(objections) - 1
-        more = f" (and {others} more)" if others else ""
-        raise RequestError(
-            f"Not written: {objections[0]}{more}. Keep the hook with --save-intervention, leave "
-            "the layer out of --layers, or write anyway with --force."
-        )
 
 
 def required_name(name: str | None) -> str:

@@ -22,7 +22,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moetools import console
 from moetools.architectures import RouterSpec
 from moetools.edits import steer as edit
 from moetools.errors import ArchitectureError, OutputError, RequestError
@@ -34,13 +33,10 @@ from moetools.interventions import (
     steered,
     write_intervention,
 )
-from moetools.item_statistics import compare_items, item_sample
-from moetools.items import Item
 from moetools.opening import OpenedModel, open_model
 from moetools.patches import write_patch
 from moetools.probe_plan import parse_layers
 from moetools.reporting.steer_tables import markdown
-from moetools.scoring import ItemScore, score_choices
 from moetools.steer_data import Corpus, Tasks, evaluation, read_corpora, read_tasks
 from moetools.steer_fold import (
     Fidelity,
@@ -51,8 +47,9 @@ from moetools.steer_fold import (
     loss_difference,
     make_folds,
     measure,
-    refuse_unfaithful,
+    variations,
 )
+from moetools.steer_items import Arms, pooled
 from moetools.steer_options import SteerOptions, check_options, pick_routers
 from moetools.steer_passes import FitRecording, NativePass, SteerPasses, TextPass, flips, replaced
 from moetools.steering import (
@@ -86,6 +83,12 @@ class SteerRun:
     intervention: RouterIntervention | None
     items: pd.DataFrame | None
 
+    @property
+    def refusal(self) -> str | None:
+        """Why weights were not written although they were asked for; None where they were."""
+        found: str | None = self.document.get("refused")
+        return found
+
 
 def steer(
     model: str | Path,
@@ -112,7 +115,7 @@ def steer(
     for name in ("out", "patch", "save_intervention"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
-    return run_steer(
+    run = run_steer(
         SteerOptions(
             model=str(model),
             target=_several(target),
@@ -122,10 +125,15 @@ def steer(
             **options,
         )
     )
+    if run.refusal is not None:
+        raise RequestError(run.refusal)
+    return run
 
 
 def run_steer(options: SteerOptions) -> SteerRun:
     """Find experts and, where asked for, choose, measure, fold and write.
+
+    Weights that would not do what the hook does are not written; `SteerRun.refusal` says so.
 
     Raises:
         MoEToolsError: The input or the request is wrong; nothing is left behind.
@@ -222,7 +230,7 @@ class _Run:
         self.items: pd.DataFrame | None = None
         self.fidelity: Fidelity | None = None
         self._folds: list[edit.Fold] = []
-        self._arms: dict[str, list[ItemScore]] = {}
+        self._held_items: Arms | None = None
         self._folded: TextPass | None = None
         self.document = self._started(corpora)
 
@@ -247,27 +255,48 @@ class _Run:
         self._note_predictions(hooks, native)
         if not options.writes and self.tasks is None:
             return
+        if self._refused(variations(chosen, native)):
+            return
         strength = self._choose(model, passes, hooks)
         if strength == 0:
             return
-        self.intervention = hooks[strength]
-        hook = self._measure_hook(model, passes, native)
+        made = hooks[strength]
+        with steered(model, self.opened, made, rules=passes.rules):
+            hook = passes.again(self.held_out, "Steering with the hook")
+        self._note_hook(made, native, hook)
+        values: dict[str, Tensor] = {}
         if options.changes_weights:
-            self._folds = make_folds(self.specs, targets, directions, recording, self.intervention)
-            self._measure_folds(model, passes, native, hook, targets)
-        self._note_items()
+            self._folds = make_folds(self.specs, targets, directions, recording, made)
+            values = folded_values(self.opened.checkpoint, self._folds, targets)
+            with replaced(model, values):
+                self._folded = passes.again(self.held_out, "Trying the folded weights")
+            self.fidelity = measure(
+                self.specs, targets, native, hook, self._folded, self.num_predicted
+            )
+            self._note_folds(self.fidelity)
+            if self._refused(self.fidelity.objections):
+                return
+        self.intervention = made
+        if self.tasks is not None:
+            self._measure_items(model, passes, made, values)
+
+    def _refused(self, objections: Sequence[str]) -> bool:
+        """Whether something is wrong that was not accepted with `--force`."""
+        if objections and not self.options.force:
+            others = len(objections) - 1
+            more = f" (and {others} more)" if others else ""
+            self.document["refused"] = (
+                f"Not written: {objections[0]}{more}. Keep the hook with --save-intervention, "
+                "leave the layer out of --layers, or write anyway with --force."
+            )
+            return True
+        return False
 
     def write(self) -> None:
-        """Write what was asked for; a checkpoint is loaded again and held against what was tried.
-
-        Raises:
-            RequestError: The folded model does not do what the hook does.
-        """
+        """Write what was asked for; a checkpoint is loaded again and compared."""
         options, made = self.options, self.intervention
         if made is None:
             return
-        if self.fidelity is not None and not options.force:
-            refuse_unfaithful(self.fidelity)
         if options.save_intervention is not None:
             write_intervention(options.save_intervention, made)
             self._note_written("intervention", str(options.save_intervention))
@@ -442,11 +471,8 @@ class _Run:
             if spec.name in found.flips
         ]
 
-    def _measure_hook(self, model: Any, passes: SteerPasses, native: NativePass) -> TextPass:
-        made = self.intervention
-        assert made is not None
-        with steered(model, self.opened, made, rules=passes.rules):
-            hook = passes.again(self.held_out, "Steering with the hook")
+    def _note_hook(self, made: RouterIntervention, native: NativePass, hook: TextPass) -> None:
+        """What the hook changed, beside what was predicted."""
         predicted = native.predictions[made.strength]
         rows = []
         for spec in self.specs:
@@ -477,25 +503,9 @@ class _Run:
             **_overall(rows),
             "loss": asdict(loss_difference(hook.nll, native.nll, self.num_predicted)),
         }
-        if self.tasks is not None:
-            with steered(model, self.opened, made, rules=passes.rules):
-                self._arms["hook"] = self._score(model, self.tasks.test)
-        return hook
 
-    def _measure_folds(
-        self,
-        model: Any,
-        passes: SteerPasses,
-        native: NativePass,
-        hook: TextPass,
-        targets: Mapping[str, FoldTarget],
-    ) -> None:
-        values = folded_values(self.opened.checkpoint, self._folds, targets)
-        with replaced(model, values):
-            self._folded = passes.again(self.held_out, "Trying the folded weights")
-            if self.tasks is not None:
-                self._arms["folded"] = self._score(model, self.tasks.test)
-        self.fidelity = measure(self.specs, targets, native, hook, self._folded, self.num_predicted)
+    def _note_folds(self, fidelity: Fidelity) -> None:
+        """What was folded where, and how close that is to the hook."""
         self.document["fold"] = [
             {
                 "layer": fold.layer,
@@ -506,7 +516,7 @@ class _Run:
             }
             for fold in self._folds
         ]
-        self.document["fidelity"] = self.fidelity.to_json()
+        self.document["fidelity"] = fidelity.to_json()
 
     def _choose(
         self, model: Any, passes: SteerPasses, hooks: Mapping[float, RouterIntervention]
@@ -518,8 +528,6 @@ class _Run:
         if self.tasks is None:
             return next(iter(hooks))
         tasks = self.tasks
-        base = self._score(model, tasks.test)
-        self._arms["base"] = base
         self.document["tasks"] = {
             "data": self.options.tasks,
             "how": tasks.how,
@@ -528,12 +536,18 @@ class _Run:
         }
         if len(hooks) == 1:
             return next(iter(hooks))
-        arms = {0.0: self._score(model, tasks.dev)}
+        arms = Arms(tasks.dev, self.opened, batch_tokens=self.options.batch_tokens)
+        names = {0.0: "no steering"} | {strength: f"strength {strength:g}" for strength in hooks}
+        arms.add(names[0.0], model)
         for strength, made in hooks.items():
             with steered(model, self.opened, made, rules=passes.rules):
-                arms[strength] = self._score(model, tasks.dev)
-        accuracy = {strength: mean_accuracy(tasks.dev, arm) for strength, arm in arms.items()}
+                arms.add(names[strength], model)
+        accuracy = {strength: arms.accuracy(name) for strength, name in names.items()}
         chosen = max(sorted(accuracy), key=lambda strength: accuracy[strength])
+        changes = {
+            strength: pooled(arms.compare(names[0.0], name, seed=self.options.seed))
+            for strength, name in names.items()
+        }
         self.document["sweep"] = {
             "chosen": chosen,
             "criterion": "accuracy on the development items, mean over their groups",
@@ -541,42 +555,38 @@ class _Run:
                 {
                     "strength": strength,
                     "accuracy": accuracy[strength],
-                    **{
-                        name: row[name]
-                        for row in _comparison(tasks.dev, arms[0.0], arm, self.options.seed)[-1:]
-                        for name in ("gained", "lost")
-                    },
+                    "gained": changes[strength]["gained"],
+                    "lost": changes[strength]["lost"],
                 }
-                for strength, arm in arms.items()
+                for strength in names
             ],
         }
         self.document["strength"] = chosen
         return chosen
 
-    def _score(self, model: Any, items: Sequence[Item]) -> list[ItemScore]:
-        with console.progress("Scoring items", len(items), "items"):
-            return score_choices(model, self.opened.tokenizer, items, **self._batches())
-
-    def _batches(self) -> dict[str, int]:
-        wanted = self.options.batch_tokens
-        return {} if wanted is None else {"batch_tokens": wanted}
-
-    def _note_items(self) -> None:
-        """Compare the arms on the held-out items."""
-        if self.tasks is None:
-            return
-        items, seed = self.tasks.test, self.options.seed
-        pairs = [("base", "hook"), ("base", "folded"), ("hook", "folded")]
+    def _measure_items(
+        self,
+        model: Any,
+        passes: SteerPasses,
+        made: RouterIntervention,
+        values: Mapping[str, Tensor],
+    ) -> None:
+        """Hold the arms against each other on the held-out items."""
+        assert self.tasks is not None
+        arms = Arms(self.tasks.test, self.opened, batch_tokens=self.options.batch_tokens)
+        arms.add("base", model)
+        with steered(model, self.opened, made, rules=passes.rules):
+            arms.add("hook", model)
+        pairs = [("base", "hook")]
+        if values:
+            with replaced(model, values):
+                arms.add("folded", model)
+            pairs += [("base", "folded"), ("hook", "folded")]
         self.document["items"] = [
-            {
-                "arms": [first, second],
-                "accuracy": _comparison(items, self._arms[first], self._arms[second], seed),
-                **_item_changes(self._arms[first], self._arms[second]),
-            }
-            for first, second in pairs
-            if first in self._arms and second in self._arms
+            arms.compare(first, second, seed=self.options.seed) for first, second in pairs
         ]
-        self.items = _item_table(items, self._arms)
+        self.items = arms.table()
+        self._held_items = arms
 
     def _parameters(self, made: RouterIntervention) -> dict[str, Any]:
         options = self.options
@@ -641,59 +651,12 @@ class _Run:
             found = passes.again(self.held_out, "Running the written checkpoint")
             difference = np.abs(found.nll - self._folded.nll).sum() / self.num_predicted.sum()
             result: dict[str, Any] = {"loss_difference": float(difference)}
-            if self.tasks is not None:
-                arm = self._score(model, self.tasks.test)
-                result |= _item_changes(self._arms["folded"], arm)
+            if self._held_items is not None:
+                self._held_items.add("written", model)
+                found_items = self._held_items.compare("folded", "written", seed=self.options.seed)
+                names = ("differing_items", "num_items", "loglik_apart")
+                result |= {name: found_items[name] for name in names}
         return result
-
-
-def mean_accuracy(items: Sequence[Item], scores: Sequence[ItemScore]) -> float:
-    """Share of right items, each group counting the same."""
-    sample = item_sample(items)
-    means = sample.means([score.correct for score in scores])
-    return means[-2] if len(means) > 1 else means[0]
-
-
-def _comparison(
-    items: Sequence[Item], first: Sequence[ItemScore], second: Sequence[ItemScore], seed: int
-) -> list[dict[str, Any]]:
-    """Accuracy of two arms, paired, for every group, their mean and all together."""
-    table = compare_items(first, second, items, seed=seed).table
-    table = table[table["metric"] == "accuracy"].drop(columns="metric")
-    rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
-    return rows
-
-
-def _item_changes(first: Sequence[ItemScore], second: Sequence[ItemScore]) -> dict[str, Any]:
-    """Items that two arms answer differently, and how far their log-likelihoods are apart."""
-    pairs = list(zip(first, second, strict=True))
-    apart = np.array(
-        [abs(a - b) for x, y in pairs for a, b in zip(x.loglik, y.loglik, strict=True)]
-    )
-    return {
-        "differing_items": sum(a.prediction != b.prediction for a, b in pairs),
-        "num_items": len(pairs),
-        "loglik_apart": {
-            "mean": float(apart.mean()),
-            "median": float(np.median(apart)),
-            "p95": float(np.quantile(apart, 0.95)),
-            "max": float(apart.max()),
-        },
-    }
-
-
-def _item_table(items: Sequence[Item], arms: Mapping[str, Sequence[ItemScore]]) -> pd.DataFrame:
-    """One row per item: what every arm predicts, and its log-likelihood of each choice (nats)."""
-    columns: dict[str, Any] = {
-        "where": [item.where for item in items],
-        "id": [item.id for item in items],
-        "group": [item.group for item in items],
-        "answer": [item.answer for item in items],
-    }
-    for name, scores in arms.items():
-        columns[f"prediction.{name}"] = [score.prediction for score in scores]
-        columns[f"loglik.{name}"] = [list(score.loglik) for score in scores]
-    return pd.DataFrame(columns)
 
 
 def _overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
