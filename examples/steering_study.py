@@ -18,14 +18,12 @@ Source:
 
 import argparse
 import csv
-import json
 import os
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +37,13 @@ from moetools.item_statistics import Estimate, item_sample, mcnemar, smallest_di
 from moetools.items import Item, read_items
 from moetools.opening import OpenedModel, open_model
 from moetools.reporting import style
-from moetools.scoring import score_choices
-from moetools.steering import (
-    expert_delta,
-    pick_experts,
-    selection_frequencies,
-    split_half_floor,
-)
-from moetools.texts import read_rows
-from moetools.trace_store import TraceStore
+from moetools.scoring import ItemScore, score_choices
+from moetools.steer_run import SteerRun
 
 FOLDER = Path(__file__).parent / "steering-study"
 ITEMS = FOLDER / "sections.multilingual.jsonl"
-DECLARATION = Path(moetools.__file__).parent / "demo" / "text" / "udhr.parquet"
 SPLITS = ("dev", "test")
-MIDDLE, OUTER = (2, 3, 4, 5), (0, 1, 6, 7)
+MIDDLE, OUTER = "2:5", "0:1,6:7"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SEEDS = (0, 1, 2)
 TAUGHT = "en"
@@ -66,7 +56,8 @@ class Arm:
     """What is done to the model.
 
     Attributes:
-        experts: `none`, `task`, `outer` (task experts of the outer layers), `random`, or `demoted`.
+        experts: `none`, `task`, `folded` (task experts, in the weights), `outer` (task experts of
+            the outer layers), `random`, or `demoted`.
         mode: `soft` or `hard`.
         strength: Of `soft`; 0 otherwise.
         seed: Of `random`; 0 otherwise.
@@ -85,6 +76,7 @@ class Arm:
         how = "hard" if self.mode == "hard" else f"soft {self.strength:g}"
         what = {
             "task": "task experts",
+            "folded": "task experts, folded into weights",
             "outer": "task experts of the outer layers",
             "random": f"random experts, seed {self.seed}",
             "demoted": "task experts demoted",
@@ -175,21 +167,17 @@ class Cells:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """Task experts by router, of the middle and of the outer layers.
+    """What `moetools steer` finds in the middle and in the outer layers.
 
     Attributes:
-        middle: Of `MIDDLE`.
-        outer: Of `OUTER`.
-        delta: Router -> [E] difference in frequency, target minus generic.
-        floor: Router -> split-half floor.
-        num_experts: Of each router.
+        middle: Router -> task experts, of `MIDDLE`.
+        outer: Router -> task experts, of `OUTER`.
+        layers: What it says about each layer, by router.
     """
 
     middle: dict[str, tuple[int, ...]]
     outer: dict[str, tuple[int, ...]]
-    delta: dict[str, Numbers]
-    floor: dict[str, float]
-    num_experts: int
+    layers: dict[str, dict[str, Any]]
 
     def intervention(self, arm: Arm) -> RouterIntervention:
         """What an arm does."""
@@ -199,84 +187,57 @@ class Experts:
         if arm.experts == "random":
             generator = np.random.default_rng(arm.seed)
             chosen = {
-                name: tuple(
-                    int(each)
-                    for each in generator.choice(
-                        np.setdiff1d(np.arange(self.num_experts), experts),
-                        size=len(experts),
-                        replace=False,
-                    )
-                )
+                name: tuple(self._draw(name, experts, generator))
                 for name, experts in chosen.items()
             }
         up, down = ({}, chosen) if arm.experts == "demoted" else (chosen, {})
         strength = {"strength": arm.strength} if arm.mode == "soft" else {}
         return RouterIntervention(mode=arm.mode, promote=up, demote=down, **strength)  # type: ignore[arg-type]
 
+    def _draw(
+        self, router: str, experts: Sequence[int], generator: np.random.Generator
+    ) -> list[int]:
+        """As many other experts of a router."""
+        rest = np.setdiff1d(np.arange(self.layers[router]["num_experts"]), experts)
+        drawn: list[int] = generator.choice(rest, size=len(experts), replace=False).tolist()
+        return drawn
 
-def find_experts(items: Sequence[Item], folder: Path) -> Experts:
-    """Trace English items with their right answers, and general English text; compare."""
-    texts = {
-        "target": [
-            item.question + item.choices[item.answer] for item in items if item.group == TAUGHT
-        ],
-        "generic": [
-            row["text"]
-            for _, row in read_rows(
-                Path(moetools.__file__).parent / "demo" / "text" / "udhr.parquet"
-            )
-            if row["lang"] == TAUGHT
-        ],
-    }
-    frequencies: dict[str, dict[str, Numbers]] = {}
-    for name, of_corpus in texts.items():
-        file = folder / f"{name}.jsonl"
-        with file.open("w", encoding="utf-8") as lines:
-            for text in of_corpus:
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-        trace = moetools.trace("demo", data=str(file), out=folder / name, device="cpu")
-        frequencies[name] = _frequencies(trace)
-        routers = trace.routers
-    delta, floor = {}, {}
-    for router in routers:
-        target, generic = (frequencies[name][router.name] for name in ("target", "generic"))
-        delta[router.name] = expert_delta(target, generic)
-        floor[router.name] = split_half_floor(target, generic, seed=0)
-    top_k = {router.name: router.top_k for router in routers}
-    chosen = []
-    for layers in (MIDDLE, OUTER):
-        names = [router.name for router in routers if router.layer in layers]
-        chosen.append(
-            pick_experts(
-                {name: delta[name] for name in names}, tau="auto", floor=floor, top_k=top_k
-            )
-        )
-    return Experts(
-        middle=chosen[0],
-        outer=chosen[1],
-        delta=delta,
-        floor=floor,
-        num_experts=routers[0].num_experts,
+
+def steer(layers: str, max_tokens: int, **options: Any) -> SteerRun:
+    """Find task experts: English items of the development set against general English text."""
+    return moetools.steer(
+        "demo",
+        target=str(ITEMS),
+        target_where=(f"lang={TAUGHT}", "split=dev"),
+        generic="demo",
+        generic_where=(f"lang={TAUGHT}",),
+        layers=layers,
+        max_tokens=max_tokens,
+        device="cpu",
+        **options,
     )
 
 
-def _frequencies(trace: TraceStore) -> dict[str, Numbers]:
-    """Router -> [S, E] of every text, which is one sequence."""
-    lengths = trace.sequences(columns=["num_tokens"])["num_tokens"].to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return {
-        router.name: selection_frequencies(
-            np.concatenate(list(trace.selections(router.name))), offsets, router.num_experts
-        )
-        for router in trace.routers
-    }
+def find_experts(max_tokens: int) -> Experts:
+    """Task experts of both sets of layers."""
+    rows = [
+        steer(layers, max_tokens, strength=1.0).document["identification"]
+        for layers in (MIDDLE, OUTER)
+    ]
+    middle, outer = (
+        {row["router"]: tuple(each["expert"] for each in row["experts"]) for row in of_layers}
+        for of_layers in rows
+    )
+    layers = {row["router"]: row for of_layers in rows for row in of_layers}
+    return Experts(middle=middle, outer=outer, layers=layers)
 
 
 class Study:
     """Runs cells that are not finished yet; the model is loaded when the first one is due."""
 
-    def __init__(self, cells: Cells, max_items: int | None) -> None:
+    def __init__(self, cells: Cells, max_items: int | None, max_tokens: int) -> None:
         self.cells = cells
+        self._max_tokens = max_tokens
         self.items = {
             split: read_items(
                 ITEMS,
@@ -288,15 +249,14 @@ class Study:
             for split in SPLITS
         }
         self.commit = commit()
-        self._temporary = tempfile.TemporaryDirectory()
         self._experts: Experts | None = None
         self._model: tuple[OpenedModel, Any, Any] | None = None
 
     @property
     def experts(self) -> Experts:
-        """Found on the English development items."""
+        """Found when they are first asked for."""
         if self._experts is None:
-            self._experts = find_experts(self.items["dev"], Path(self._temporary.name))
+            self._experts = find_experts(self._max_tokens)
         return self._experts
 
     def cell(self, split: str, arm: Arm) -> Cell:
@@ -307,12 +267,8 @@ class Study:
         if found is not None:
             return found
         start = time.monotonic()
-        intervention = self.experts.intervention(arm)
-        opened, model, rules = self._loaded()
-        made = fingerprinted(intervention, opened.checkpoint, opened.routers)
-        steering = steered(model, opened, made, rules=rules) if made.routers else nullcontext()
-        with steering:
-            scores = score_choices(model, opened.tokenizer, items)
+        made = self.experts.intervention(arm)
+        scores = self._folded(arm, items) if arm.experts == "folded" else self._hooked(made, items)
         correct = np.array([score.correct for score in scores], dtype=float)
         cell = Cell(
             split=split,
@@ -328,13 +284,25 @@ class Study:
         print(f"{split:>4}  {arm.name}: {cell.accuracy:.3f} ({cell.seconds:.0f} s)", flush=True)
         return cell
 
-    def _loaded(self) -> tuple[OpenedModel, Any, Any]:
+    def _hooked(self, intervention: RouterIntervention, items: list[Item]) -> list[ItemScore]:
         if self._model is None:
             opened = open_model("demo", device="cpu")
             self._context = opened.load()
             model = self._context.__enter__()
             self._model = opened, model, find_rules(model, opened.routers)
-        return self._model
+        opened, model, rules = self._model
+        made = fingerprinted(intervention, opened.checkpoint, opened.routers)
+        with steered(model, opened, made, rules=rules):
+            return score_choices(model, opened.tokenizer, items)
+
+    def _folded(self, arm: Arm, items: list[Item]) -> list[ItemScore]:
+        """Scores of a checkpoint that is written, faithful to the hook or not."""
+        with tempfile.TemporaryDirectory() as temporary:
+            out = Path(temporary) / "folded"
+            steer(MIDDLE, self._max_tokens, strength=arm.strength, out=out, force=True)
+            opened = open_model(str(out), device="cpu")
+            with opened.load() as model:
+                return score_choices(model, opened.tokenizer, items)
 
 
 def commit() -> str:
@@ -389,6 +357,8 @@ class Results:
         tested: The best arm that steers.
         base: Test cell without steering.
         task: Test cell of `tested`.
+        hook: Test cell of the best soft arm.
+        folded: The same, written into the weights.
         controls: Test cells of the controls by name; of random experts one for each seed.
     """
 
@@ -397,6 +367,8 @@ class Results:
     tested: Arm
     base: Cell
     task: Cell
+    hook: Cell
+    folded: Cell
     controls: dict[str, list[Cell]]
 
 
@@ -406,6 +378,7 @@ def run(study: Study, strengths: Sequence[float], seeds: Sequence[int]) -> Resul
     arms.append(Arm(experts="task", mode="hard"))
     dev = [study.cell("dev", arm) for arm in (NONE, *arms)]
     chosen, tested = best_of(dev), best_of(dev[1:]).arm
+    soft = best_of(dev[1:-1]).arm
     how = {"mode": tested.mode, "strength": tested.strength}
     controls = {
         "random": [Arm(experts="random", seed=seed, **how) for seed in seeds],  # type: ignore[arg-type]
@@ -418,6 +391,8 @@ def run(study: Study, strengths: Sequence[float], seeds: Sequence[int]) -> Resul
         tested=tested,
         base=study.cell("test", NONE),
         task=study.cell("test", tested),
+        hook=study.cell("test", soft),
+        folded=study.cell("test", replace(soft, experts="folded")),
         controls={
             name: [study.cell("test", arm) for arm in arms] for name, arms in controls.items()
         },
@@ -449,6 +424,14 @@ def answers(study: Study, results: Results) -> Iterator[tuple[str, str, str]]:
         f"{results.tested.name}: {spelled(gain)} points on test items. {100 * changed:.1f} % of "
         f"answers change; with so many, {100 * smallest:.1f} points would be found four times in "
         "five.",
+    )
+    differ = int(np.sum(results.folded.values != results.hook.values))
+    difference = by_scope(items, results.folded.values - results.hook.values)["mean"]
+    yield (
+        "Does the written checkpoint answer as the hook does?",
+        "yes, on every item" if differ == 0 else "not on every item",
+        f"{results.hook.arm.name}: {differ} of {len(items)} answers differ between hook and folded "
+        f"weights, folded minus hook {spelled(difference)}.",
     )
     english = by_scope(items, task - base)[TAUGHT]
     yield ("Does English, which has the labels, change?", _moves(english), f"{spelled(english)}.")
@@ -513,7 +496,11 @@ def language_table(study: Study, results: Results) -> list[str]:
 def picture(study: Study, results: Results, path: Path) -> None:
     """Change on test items of every arm, languages without labels."""
     items, base = study.items["test"], results.base.values
-    arms = [results.task, *(cell for cells in results.controls.values() for cell in cells)]
+    arms = [
+        results.task,
+        results.folded,
+        *(cell for cells in results.controls.values() for cell in cells),
+    ]
     with style.applied():
         figure, grid = style.subplots(height=0.5 * len(arms) + 1.2)
         axes = grid[0, 0]
@@ -530,10 +517,9 @@ def picture(study: Study, results: Results, path: Path) -> None:
 def expert_table(experts: Experts) -> list[str]:
     """Which experts, and how far above the floor."""
     lines = ["| layer | floor | task experts (delta) |", "| --- | --- | --- |"]
-    for name in sorted({**experts.middle, **experts.outer}):
-        chosen = (*experts.middle.get(name, ()), *experts.outer.get(name, ()))
-        shown = ", ".join(f"{each} ({experts.delta[name][each]:.2f})" for each in chosen)
-        lines.append(f"| {int(name)} | {experts.floor[name]:.3f} | {shown} |")
+    for row in sorted(experts.layers.values(), key=lambda row: row["layer"]):
+        shown = ", ".join(f"{each['expert']} ({each['delta']:.2f})" for each in row["experts"])
+        lines.append(f"| {row['layer']} | {row['floor']:.3f} | {shown or 'none'} |")
     return lines
 
 
@@ -583,7 +569,7 @@ def page(study: Study, results: Results, found: Sequence[tuple[str, str, str]]) 
         "",
         "## Experts",
         "",
-        f"Middle layers {_spelled(MIDDLE)}, outer layers {_spelled(OUTER)}.",
+        f"Middle layers {MIDDLE}, outer layers {OUTER}, both ends included.",
         "",
         *expert_table(study.experts),
         "",
@@ -599,10 +585,6 @@ def page(study: Study, results: Results, found: Sequence[tuple[str, str, str]]) 
     return "\n".join(lines)
 
 
-def _spelled(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
-
-
 def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -610,9 +592,10 @@ def main() -> None:
     parser.add_argument("--max-items", type=int, help="items of each language and split")
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--max-tokens", type=int, default=20_000, help="to find experts on")
     options = parser.parse_args()
     torch.set_num_threads(1)  # of so small a model, more threads only wait for each other
-    study = Study(Cells(options.out / "cells.csv"), options.max_items)
+    study = Study(Cells(options.out / "cells.csv"), options.max_items, options.max_tokens)
     results = run(study, options.strengths, options.seeds)
     found = list(answers(study, results))
     picture(study, results, options.out / "change_by_arm.png")
