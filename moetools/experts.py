@@ -7,26 +7,17 @@ brought into the experts module of transformers by its own conversion rules, and
 E routed experts, D neurons of each, d hidden size.
 """
 
-import copy
-import functools
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from moetools.architectures import RouterSpec, find_routers
 from moetools.checkpoint import Checkpoint
+from moetools.disk_names import PLAIN_DTYPES, DiskNames
 from moetools.errors import ArchitectureError
 from moetools.loading import empty_model
 
@@ -147,7 +138,7 @@ class ExpertReader:
         self.routers = {spec.name: spec for spec in found if spec.kind == "mlp"}
         for spec in self.routers.values():
             self._check_readable(spec)
-        self._sources = self._find_sources()
+        self._names = DiskNames(checkpoint, self._model)
 
     def read(self, name: str) -> LayerExperts:
         """The experts of one router, checked against transformers' own forward pass.
@@ -210,23 +201,6 @@ class ExpertReader:
             "their router does, so its rows and their neurons cannot be compared."
         )
 
-    def _find_sources(self) -> dict[str, list[tuple[str, WeightConverter | None, str]]]:
-        """Name in memory -> keys on disk with the conversion that they go through."""
-        state = self._model.state_dict()
-        transforms = get_model_conversion_mapping(self._model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-        prefix = self._model.base_model_prefix
-        sources: dict[str, list[tuple[str, WeightConverter | None, str]]] = defaultdict(list)
-        for key in sorted(self._checkpoint.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if name not in state and key in state:
-                name, pattern = key, None
-            converter = None if pattern is None else by_pattern[pattern]
-            sources[name].append((key, converter, pattern or key))
-        return dict(sources)
-
     def _load(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the model by name, as `from_pretrained` would fill them.
 
@@ -235,14 +209,14 @@ class ExpertReader:
         """
         loaded: dict[str, Tensor] = {}
         for name in state:
-            for source in self._sources.get(name, ()):
-                if self._checkpoint.tensors[source[0]].dtype not in ("F64", "F32", "F16", "BF16"):
+            for key in self._names.keys(name):
+                dtype = self._checkpoint.tensors[key].dtype
+                if dtype not in PLAIN_DTYPES:
                     raise ArchitectureError(
-                        f"{source[0]} of {self._checkpoint.name} is quantised "
-                        f"({self._checkpoint.tensors[source[0]].dtype}): convert the checkpoint to "
-                        "bfloat16 to look at its experts."
+                        f"{key} of {self._checkpoint.name} is quantised ({dtype}): convert the "
+                        "checkpoint to bfloat16 to look at its experts."
                     )
-            loaded |= self._convert(name)
+            loaded |= self._names.load(name)
         for name, tensor in state.items():
             if name not in loaded or loaded[name].shape != tensor.shape:
                 raise ArchitectureError(
@@ -250,22 +224,6 @@ class ExpertReader:
                     f"{list(tensor.shape)} that its config.json describes."
                 )
         return loaded
-
-    def _convert(self, name: str) -> dict[str, Tensor]:
-        sources = self._sources.get(name, [])
-        if not sources:
-            return {}
-        converter = copy.deepcopy(sources[0][1])
-        if converter is None:
-            return {name: self._checkpoint.tensor(sources[0][0])}
-        for key, _, pattern in sources:
-            reading = functools.partial(self._checkpoint.tensor, key)
-            converter.add_tensor(name, key, pattern, reading)
-        converted = converter.convert(name, model=self._model, config=self._model.config)
-        return {
-            target: tensor[0] if isinstance(tensor, list) else tensor
-            for target, tensor in converted.items()
-        }
 
 
 def normal_form(module: Any, tensors: Mapping[str, Tensor]) -> Projections | None:
