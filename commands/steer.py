@@ -1,7 +1,7 @@
 """`moetools steer MODEL --target DATA --generic DATA --layers A:B`: promote a task's experts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -214,12 +214,15 @@ def steer(
 
 
 def render(section: "Section") -> "list[RenderableType]":
-    """A part of the report for the terminal."""
+    """A part of the report for the terminal; only what holds paths is not wrapped."""
     from rich import box
+    from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
 
-    shown: list[Any] = [f"[bold]{section.title}[/bold]"]
-    shown += [f"  {line}" for line in section.lines]
+    shown: list[RenderableType] = [f"[bold]{section.title}[/bold]"]
+    for line in map(escape, section.lines):
+        shown.append(f"  {line}" if section.has_paths else Padding(line, (0, 0, 0, 2)))
     if section.columns:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in section.columns:

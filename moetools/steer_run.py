@@ -61,7 +61,13 @@ from moetools.steering import (
     split_half_floor,
 )
 from moetools.tracing import local_inputs
-from moetools.writing import KIND, WriteOptions, WrittenCheckpoint, write_checkpoint
+from moetools.writing import (
+    KIND,
+    WriteOptions,
+    WrittenCheckpoint,
+    check_destination,
+    write_checkpoint,
+)
 
 INPUT_BYTES = 1 << 32
 """Memory for router inputs that a direction is fitted on."""
@@ -147,6 +153,8 @@ def run_steer(options: SteerOptions) -> SteerRun:
         trust_remote_code=options.trust_remote_code,
         purpose="steered",
     )
+    if options.out is not None:
+        check_destination(opened.checkpoint, options.out, _write_options(options))
     specs = pick_routers(opened.routers, opened.text_config.num_hidden_layers, options)
     for spec in specs:
         reason = cannot_steer(spec)
@@ -297,11 +305,14 @@ class _Run:
         options, made = self.options, self.intervention
         if made is None:
             return
+        if options.changes_weights:
+            self._write_weights(made)
         if options.save_intervention is not None:
             write_intervention(options.save_intervention, made)
-            self._note_written("intervention", str(options.save_intervention))
-        if not options.changes_weights:
-            return
+            self._note_written("intervention", options.save_intervention)
+
+    def _write_weights(self, made: RouterIntervention) -> None:
+        options = self.options
         assert self.fidelity is not None
         plan = edit.plan(
             self.opened.checkpoint,
@@ -314,22 +325,12 @@ class _Run:
         if options.out is None:
             assert options.patch is not None
             write_patch(plan, options.patch, overwrite=options.overwrite)
-            self._note_written("patch", str(options.patch))
+            self._note_written("patch", options.patch)
             return
-        written = write_checkpoint(
-            plan,
-            options.out,
-            options=WriteOptions(
-                overwrite=options.overwrite,
-                link=options.link,
-                carry_all=options.carry_all,
-                keep_originals=options.keep_originals,
-                patch=options.patch,
-            ),
-        )
-        self._note_written("out", str(options.out))
+        written = write_checkpoint(plan, options.out, options=_write_options(options))
+        self._note_written("checkpoint", options.out)
         if options.patch is not None:
-            self._note_written("patch", str(options.patch))
+            self._note_written("patch", options.patch)
         self._note_checkpoint(written)
         self.document["loaded_again"] = self._load_again(options.out)
 
@@ -620,8 +621,8 @@ class _Run:
             files[ITEMS] = buffer.getvalue()
         return files
 
-    def _note_written(self, what: str, path: str) -> None:
-        self.document["written"][what] = path
+    def _note_written(self, what: str, path: Path) -> None:
+        self.document["written"][what] = str(path)
 
     def _note_checkpoint(self, written: WrittenCheckpoint) -> None:
         self.document["checkpoint"] = {
@@ -657,6 +658,16 @@ class _Run:
                 names = ("differing_items", "num_items", "loglik_apart")
                 result |= {name: found_items[name] for name in names}
         return result
+
+
+def _write_options(options: SteerOptions) -> WriteOptions:
+    return WriteOptions(
+        overwrite=options.overwrite,
+        link=options.link,
+        carry_all=options.carry_all,
+        keep_originals=options.keep_originals,
+        patch=options.patch,
+    )
 
 
 def _overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -16,12 +16,14 @@ class Section:
         lines: Sentences before the table.
         columns: Heads of the table; none for a part without one.
         rows: As many cells each.
+        has_paths: Whether the sentences hold paths, which are to be copied.
     """
 
     title: str
     lines: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    has_paths: bool = False
 
 
 def markdown(document: Document) -> str:
@@ -76,7 +78,7 @@ def _setting(document: Document) -> Section:
             f"left alone: {len(ignored)} router tensors, such as {next(iter(ignored))}, which "
             f"{next(iter(ignored.values()))}"
         )
-    return Section(title="Setting", lines=tuple(lines))
+    return Section(title="Setting", lines=tuple(lines), has_paths=True)
 
 
 def _identification(document: Document) -> Section:
@@ -279,7 +281,7 @@ def _written(document: Document) -> Section:
                 "answered differently"
             )
         lines.append(f"{found} from what was tried before writing")
-    return Section(title="Written", lines=tuple(lines))
+    return Section(title="Written", lines=tuple(lines), has_paths=True)
 
 
 def _strength(document: Document, strength: float) -> str:
