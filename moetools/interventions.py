@@ -58,7 +58,7 @@ class RouterIntervention:
         seed: Of that noise.
         model: Checkpoint that it was made for, as the user typed it.
         revision: Of a hub model.
-        fingerprints: Router name -> sha256 of the router weight on disk.
+        fingerprints: Router name -> key on disk -> sha256, of every tensor of the router.
     """
 
     mode: Mode
@@ -70,7 +70,7 @@ class RouterIntervention:
     seed: int = 0
     model: str = ""
     revision: str | None = None
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning.
@@ -148,7 +148,7 @@ class RouterIntervention:
             "seed": self.seed,
             "model": self.model,
             "revision": self.revision,
-            "fingerprints": dict(self.fingerprints),
+            "fingerprints": {name: dict(each) for name, each in self.fingerprints.items()},
         }
 
     @classmethod
@@ -200,9 +200,9 @@ def _typed(name: str, value: Any) -> Any:
             }
         raise ValueError("offsets: expected a number for every expert, by router")
     if name == "fingerprints":
-        if _is_map(value, str):
+        if _is_map(value, dict) and all(_is_map(each, str) for each in value.values()):
             return value
-        raise ValueError("fingerprints: expected a sha256 for every router")
+        raise ValueError("fingerprints: expected a sha256 for every tensor, by router")
     if name in ("strength", "noise"):
         if type(value) in (int, float):
             return float(value)
@@ -242,20 +242,24 @@ def read_intervention(path: str | Path) -> RouterIntervention:
         problem = f"it is not JSON ({error})"
     except ValueError as error:
         problem = str(error)
-    raise RequestError(f"--intervention {path}: {problem}. `moetools steer` writes such a file.")
+    raise RequestError(
+        f"--intervention {path}: {problem}. `moetools steer --save-intervention` writes one."
+    )
 
 
 def fingerprinted(
     intervention: RouterIntervention, checkpoint: Checkpoint, routers: Sequence[RouterSpec]
 ) -> RouterIntervention:
     """The intervention with the checkpoint that it is made for."""
-    keys = {spec.name: spec.weight_key for spec in routers if spec.name in intervention.routers}
-    hashes = checkpoint.fingerprint(keys.values())
     return replace(
         intervention,
         model=checkpoint.name,
         revision=checkpoint.revision,
-        fingerprints={name: hashes[key] for name, key in keys.items()},
+        fingerprints={
+            spec.name: checkpoint.fingerprint(spec.keys)
+            for spec in routers
+            if spec.name in intervention.routers
+        },
     )
 
 
@@ -273,13 +277,11 @@ def check_fits(
     check_routers(intervention, routers)
     specs = {spec.name: spec for spec in routers}
     for name in intervention.routers:
-        made_for = intervention.fingerprints.get(name)
-        key = specs[name].weight_key
-        if checkpoint.fingerprint([key])[key] != made_for:
+        if checkpoint.fingerprint(specs[name].keys) != intervention.fingerprints.get(name):
             raise CheckpointError(
-                f"The intervention was made for {intervention.model or 'another checkpoint'}; "
-                f"router {name} of {checkpoint.name} has other weights. Use the checkpoint that it "
-                "was made for, or make it again with `moetools steer`."
+                f"The intervention was made for {_made_for(intervention)}; router {name} of "
+                f"{checkpoint.name} has other weights. Use the checkpoint that it was made for, or "
+                "make it again with `moetools steer`."
             )
 
 
@@ -295,7 +297,8 @@ def check_routers(intervention: RouterIntervention, routers: Sequence[RouterSpec
         if name not in specs:
             raise RequestError(
                 f"The intervention changes router {name}; this model has routers "
-                f"{', '.join(specs)}."
+                f"{routers[0].name} to {routers[-1].name}. It was made for "
+                f"{_made_for(intervention)}."
             )
         spec = specs[name]
         out_of_range = [e for e in intervention.experts(name) if not 0 <= e < spec.num_experts]
@@ -315,6 +318,10 @@ def check_routers(intervention: RouterIntervention, routers: Sequence[RouterSpec
             raise ArchitectureError(f"Router {name} cannot be steered: {reason}.")
 
 
+def _made_for(intervention: RouterIntervention) -> str:
+    return intervention.model or "another checkpoint"
+
+
 def cannot_steer(spec: RouterSpec) -> str | None:
     """Why a router cannot be steered, as far as its spec tells; None if it can."""
     if spec.tap != "experts" or spec.reader is not None:
@@ -330,6 +337,8 @@ def cannot_steer(spec: RouterSpec) -> str | None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SteeredRouter:
     """One router under an intervention, as a function of its logits.
+
+    Everything is computed in float32, also where the model scores in a lower precision.
 
     Attributes:
         spec: Which router.
@@ -516,7 +525,7 @@ def find_rules(model: Any, routers: Sequence[RouterSpec]) -> dict[str, ScoringRu
     embedding = model.get_input_embeddings().weight
     device = model.device if embedding.is_meta else embedding.device
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         RouterRecorder(model, routers, keep=frozenset({"logits"})) as recorder,
     ):
         recorder.begin(num_tokens=input_ids.numel())

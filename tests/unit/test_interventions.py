@@ -404,7 +404,12 @@ class TestFile:
             SOFT,
             replace(SOFT, strength=-1.0, seed=3),
             RouterIntervention(mode="hard", promote={"01": (3, 5)}, noise=0.0),
-            replace(CONSTANT, model="org/name", revision="abc", fingerprints={"01": "0" * 64}),
+            replace(
+                CONSTANT,
+                model="org/name",
+                revision="abc",
+                fingerprints={"01": {"gate.weight": "0" * 64}},
+            ),
         ],
     )
     def test_it_comes_back_as_it_was(self, tmp_path, made):
@@ -437,7 +442,7 @@ class TestFile:
             ({"noise": math.inf}, "noise inf: expected a number of at least 0"),
             ({"seed": 0.5}, "seed: expected a whole number of at least 0"),
             ({"seed": -1}, "seed: expected a whole number of at least 0"),
-            ({"fingerprints": {"01": 5}}, "fingerprints: expected a sha256 for every router"),
+            ({"fingerprints": {"01": "0"}}, "fingerprints: expected a sha256 for every tensor"),
             ({"model": 5}, "model: expected text"),
         ],
     )
@@ -502,6 +507,22 @@ class TestFile:
             "`moetools steer`."
         )
 
+    def test_a_bias_counts_as_well(self, tmp_path):
+        """What was folded into a bias would be done twice."""
+        model = tiny_models.save_tiny("glm4_moe", tmp_path)
+        checkpoint = Checkpoint.open(str(tmp_path))
+        routers = find_routers(
+            model, {key: info.shape for key, info in checkpoint.tensors.items()}
+        ).routers
+        name = routers[0].name
+        made = RouterIntervention(mode="soft", strength=0.5, promote={name: (3,)})
+        made = fingerprinted(made, checkpoint, routers)
+        check_fits(made, checkpoint, routers)
+        get_tensor(model, routers[0].correction_bias_name)[0] += 0.5
+        model.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=f"router {name} of .* has other weights"):
+            check_fits(made, Checkpoint.open(str(tmp_path)), routers)
+
     def test_only_changed_routers_must_be_the_same(self, opened, tmp_path):
         """A checkpoint that differs elsewhere is accepted; so is one that nothing is done to."""
         other = Checkpoint.open(str(save_tiny_checkpoint(tmp_path, seed=1)))
@@ -518,7 +539,8 @@ class TestFile:
         [
             (
                 RouterIntervention(mode="soft", promote={"07": (1,)}),
-                "The intervention changes router 07; this model has routers 00, 01.",
+                "The intervention changes router 07; this model has routers 00 to 01. It was made for "
+                "another checkpoint.",
             ),
             (
                 RouterIntervention(mode="soft", demote={"01": (8,)}),
@@ -637,7 +659,6 @@ class TestTrace:
         manifest = json.loads((out / "manifest.json").read_text())
         manifest["complete"] = False
         (out / "manifest.json").write_text(json.dumps(manifest))
-        (out / "moetools.json").unlink(missing_ok=True)
         again = {"part_tokens": 300, "resume": True}
         with pytest.raises(MoEToolsError, match="was started differently: intervention"):
             self.trace(tiny_checkpoint, parallel_texts, out, **again)
