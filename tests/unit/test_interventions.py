@@ -466,7 +466,7 @@ class TestFile:
     def test_other_files_are_refused(self, tmp_path, content):
         path = tmp_path / "made.json"
         path.write_bytes(content)
-        with pytest.raises(RequestError, match="writes such a file"):
+        with pytest.raises(RequestError, match="--save-intervention` writes one"):
             read_intervention(path)
 
     def test_no_file_is_refused(self, tmp_path):
@@ -539,8 +539,8 @@ class TestFile:
         [
             (
                 RouterIntervention(mode="soft", promote={"07": (1,)}),
-                "The intervention changes router 07; this model has routers 00 to 01. It was made for "
-                "another checkpoint.",
+                "The intervention changes router 07; this model has routers 00 to 01. It was made "
+                "for another checkpoint.",
             ),
             (
                 RouterIntervention(mode="soft", demote={"01": (8,)}),
