@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moetools.applying import apply
     from moetools.diffing import diff
+    from moetools.evaluating import evaluate
     from moetools.layer_probe import probe
     from moetools.reporting.report import report
     from moetools.reverting import revert
@@ -14,11 +15,22 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["__version__", "apply", "diff", "probe", "report", "revert", "steer", "trace"]
+__all__ = [
+    "__version__",
+    "apply",
+    "diff",
+    "evaluate",
+    "probe",
+    "report",
+    "revert",
+    "steer",
+    "trace",
+]
 
 _VERBS = {
     "apply": "moetools.applying",
     "diff": "moetools.diffing",
+    "evaluate": "moetools.evaluating",
     "probe": "moetools.layer_probe",
     "report": "moetools.reporting.report",
     "revert": "moetools.reverting",

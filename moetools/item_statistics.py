@@ -359,8 +359,7 @@ def mcnemar(gained: int, lost: int) -> float:
     from scipy.special import bdtr
 
     changed = gained + lost
-    p_value: float = min(1.0, 2 * float(bdtr(min(gained, lost), changed, 0.5)))
-    return p_value if changed else 1.0
+    return min(1.0, 2 * float(bdtr(min(gained, lost), changed, 0.5))) if changed else 1.0
 
 
 def smallest_difference(num_items: float, discordance: float) -> float:
@@ -386,12 +385,15 @@ def smallest_difference(num_items: float, discordance: float) -> float:
         spread = math.sqrt(share - difference**2)
         return z_test * math.sqrt(share) + z_power * spread - difference * math.sqrt(num_items)
 
-    return float(brentq(lacking, 1e-12, 1.0)) if lacking(1.0) < 0 else math.nan
+    if lacking(1.0) >= 0:
+        return math.nan
+    found: float = brentq(lacking, 1e-12, 1.0)
+    return found
 
 
 def unseen_share(num_units: int) -> float:
     """Share of units of a kind that a sample may well hold none of: in 1 of 40 samples."""
-    return 1 - ((1 - COVERAGE) / 2) ** (1 / num_units)
+    return 1 - float(((1 - COVERAGE) / 2) ** (1 / num_units))
 
 
 def nll_table(

@@ -65,11 +65,14 @@ class ChoiceLogliks:
         values: [R] of each row, in nats.
         shared: Whether each context went through the model once.
         reason: Why not, where that was asked for.
+        by_batch: Largest difference, in nats, between these values and those of some of the items
+            as whole rows in a batch of their own; 0 where this was not checked.
     """
 
     values: NDArray[np.float64]
     shared: bool
     reason: str | None = None
+    by_batch: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,8 +129,9 @@ def choice_logliks(
 ) -> ChoiceLogliks:
     """Log-likelihood of each row of `choice_rows`, with the context of an item scored once.
 
-    Before anything is scored, some items are scored both ways. Where the results differ by more
-    than rounding, or the model keeps state that choices cannot share, whole rows are scored.
+    Some items, from the shortest to the longest, are scored as whole rows first. Where shared
+    contexts give them other values, by more than rounding, or the model keeps state that choices
+    cannot share, everything is scored as whole rows.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -139,17 +143,29 @@ def choice_logliks(
     """
     starts = np.cumsum([0, *num_choices])
     groups = [rows[first:last] for first, last in pairwise(starts)]
-    reason = _why_not_shared(model, groups, batch_tokens) if share else None
+    order = sorted(range(len(groups)), key=lambda item: groups[item][0].start)
+    places = np.linspace(0, len(order) - 1, min(CHECKED_ITEMS, len(order))).astype(int)
+    checked = [order[place] for place in places]
+    numbers = [number for item in checked for number in range(*starts[item : item + 2])]
+    whole = score_rows(model, [rows[number] for number in numbers], batch_tokens=batch_tokens)
+    reason = None
+    if share:
+        reason = _why_not_shared(model, [groups[item] for item in checked], whole, batch_tokens)
     if not share or reason is not None:
         values = score_rows(model, rows, batch_tokens=batch_tokens, advance=advance)
-        return ChoiceLogliks(values=values, shared=False, reason=reason)
-    values = np.zeros(len(rows))
-    for batch in plan_contexts(model, groups, batch_tokens=batch_tokens):
-        numbers = [number for item in batch for number in range(*starts[item : item + 2])]
-        of_batch = [groups[item] for item in batch]
-        values[numbers] = score_shared(model, of_batch, batch_tokens=batch_tokens)
-        advance(sum(len(rows[number].token_ids) for number in numbers))
-    return ChoiceLogliks(values=values, shared=True)
+    else:
+        values = np.zeros(len(rows))
+        for batch in plan_contexts(model, groups, batch_tokens=batch_tokens):
+            of_batch = [groups[item] for item in batch]
+            found = score_shared(model, of_batch, batch_tokens=batch_tokens)
+            values[[number for item in batch for number in range(*starts[item : item + 2])]] = found
+            advance(sum(len(row.token_ids) for group in of_batch for row in group))
+    return ChoiceLogliks(
+        values=values,
+        shared=share and reason is None,
+        reason=reason,
+        by_batch=float(np.abs(values[numbers] - whole).max()),
+    )
 
 
 def text_nll(
@@ -320,23 +336,22 @@ def item_scores(
 
 
 def _why_not_shared(
-    model: Any, groups: Sequence[Sequence[ScoredRow]], batch_tokens: int
+    model: Any,
+    groups: Sequence[Sequence[ScoredRow]],
+    whole: NDArray[np.float64],
+    batch_tokens: int,
 ) -> str | None:
-    """Score some items, from the shortest to the longest, both ways; None where that agrees."""
-    order = sorted(groups, key=lambda group: group[0].start)
-    places = np.linspace(0, len(order) - 1, min(CHECKED_ITEMS, len(order))).astype(int)
-    checked = [order[place] for place in places]
-    rows = [row for group in checked for row in group]
-    whole = score_rows(model, rows, batch_tokens=batch_tokens)
+    """Score some items from shared contexts; None where that agrees with their whole rows."""
     try:
-        difference = np.abs(score_shared(model, checked, batch_tokens=batch_tokens) - whole)
+        difference = np.abs(score_shared(model, groups, batch_tokens=batch_tokens) - whole)
     except NotShareableError as error:
         return str(error)
     dtype = model.get_input_embeddings().weight.dtype
     if dtype == torch.float32:
         found = float(difference.max())
     else:
-        found = float(np.median(difference / [row.num_scored for row in rows]))
+        lengths = [row.num_scored for group in groups for row in group]
+        found = float(np.median(difference / lengths))
     if found <= SHARING_TOLERANCE[dtype]:
         return None
     return f"to continue choices from one context changes log-likelihoods by {found:.1g}"

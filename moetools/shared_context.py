@@ -73,8 +73,7 @@ def score_shared(
         item = torch.from_numpy(of_item).to(last.device)
         values = last[item].gather(-1, first[:, None])[:, 0].double().cpu().numpy()
         longer = [number for number, row in enumerate(rows) if row.num_scored > 1]
-        if longer:
-            _check_cache(cache)
+        _check_cache(cache)
         pieces = _pieces(model, [rows[n] for n in longer], mask.shape[1], batch_tokens)
         for number, piece in enumerate(pieces):
             numbers = [longer[place] for place in piece]
@@ -110,7 +109,7 @@ def _run_contexts(
 
 def _check_cache(cache: Any) -> None:
     """Refuse state that does not belong to single tokens, such as that of a recurrent layer."""
-    if not isinstance(cache, DynamicCache):
+    if type(cache) is not DynamicCache:
         raise NotShareableError(f"the model keeps its state as {type(cache).__name__}")
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
