@@ -165,9 +165,10 @@ def steer(
     --layers 2:5
     """
     from moetools.reporting.steer_tables import sections
-    from moetools.steer_options import SteerOptions, parse_strengths, parse_tau
+    from moetools.steer_options import SteerOptions, parse_mode, parse_strengths, parse_tau
     from moetools.steer_run import run_steer
 
+    console.settings.resume_hint = "Nothing was written."
     run = run_steer(
         SteerOptions(
             model=model,
@@ -176,7 +177,7 @@ def steer(
             layers=layers,
             tau=parse_tau(tau),
             strengths=() if strength is None else parse_strengths(strength),
-            mode=mode,
+            mode=parse_mode(mode),
             deactivate=deactivate,
             tasks=tasks,
             group_column=group_column,

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moetools.architectures import RouterSpec
 from moetools.errors import ArchitectureError, RequestError
 from moetools.probe_plan import parse_layers
 
-MODES = ("soft", "hard")
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
 SPLIT_COLUMN = "split"
 MAX_TOKENS = 20_000
 DEFAULT_STRENGTH = 0.5
@@ -51,9 +51,9 @@ class SteerOptions:
     target: tuple[str, ...]
     generic: tuple[str, ...]
     layers: str
-    tau: str | float = AUTO
+    tau: float | Literal["auto"] = AUTO
     strengths: tuple[float, ...] = ()
-    mode: str = "soft"
+    mode: Literal["soft", "hard"] = "soft"
     deactivate: bool = False
     tasks: str | None = None
     group_column: str | None = None
@@ -114,7 +114,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     return tuple(strengths)
 
 
-def parse_tau(text: str) -> str | float:
+def parse_tau(text: str) -> float | Literal["auto"]:
     """Tau as `auto` or a number.
 
     Raises:
@@ -126,6 +126,18 @@ def parse_tau(text: str) -> str | float:
         return float(text)
     except ValueError:
         raise RequestError(f"--tau {text}: expected auto, or a number such as 0.3.") from None
+
+
+def parse_mode(text: str) -> Literal["soft", "hard"]:
+    """`soft` or `hard`.
+
+    Raises:
+        RequestError: Neither.
+    """
+    modes: dict[str, Literal["soft", "hard"]] = {"soft": "soft", "hard": "hard"}
+    if text not in modes:
+        raise RequestError(f"--mode {text}: expected soft or hard.")
+    return modes[text]
 
 
 def parse_where(pairs: Sequence[str], flag: str) -> dict[str, str]:
@@ -161,8 +173,7 @@ def check_options(options: SteerOptions) -> None:
         raise RequestError(
             f"--tau {options.tau}: expected auto, or a difference in frequency between 0 and 1."
         )
-    if options.mode not in MODES:
-        raise RequestError(f"--mode {options.mode}: expected {' or '.join(MODES)}.")
+    parse_mode(options.mode)
     _check_strengths(options)
     if options.mode == "hard" and options.changes_weights:
         flag = "--out" if options.out is not None else "--patch"
@@ -174,6 +185,8 @@ def check_options(options: SteerOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name.replace('_', '-')} {value}: expected at least 1.")
+    if options.seed < 0:
+        raise RequestError(f"--seed {options.seed}: expected at least 0.")
     if options.tasks is None:
         for name in ("group_column", "id_column", "split_column"):
             if getattr(options, name) is not None:

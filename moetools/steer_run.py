@@ -11,9 +11,8 @@ N tokens, D documents, E experts, R steered experts of a router.
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,7 @@ from torch import Tensor
 
 from moetools.architectures import RouterSpec
 from moetools.edits import steer as edit
-from moetools.errors import ArchitectureError, OutputError, RequestError
-from moetools.files import check_output
+from moetools.errors import ArchitectureError, RequestError
 from moetools.interventions import (
     RouterIntervention,
     cannot_steer,
@@ -35,39 +33,26 @@ from moetools.interventions import (
 )
 from moetools.opening import OpenedModel, open_model
 from moetools.patches import write_patch
-from moetools.probe_plan import parse_layers
 from moetools.reporting.steer_tables import markdown
 from moetools.steer_data import Corpus, Tasks, evaluation, read_corpora, read_tasks
+from moetools.steer_document import checkpoint as describe_checkpoint
+from moetools.steer_document import folded, hook_effect, parameters, predictions, setting
 from moetools.steer_fold import (
     Fidelity,
     FoldTarget,
     fit_directions,
     fold_target,
     folded_values,
-    loss_difference,
     make_folds,
     measure,
     variations,
 )
+from moetools.steer_identify import Identification, identify
 from moetools.steer_items import Arms, pooled
 from moetools.steer_options import SteerOptions, check_options, pick_routers
-from moetools.steer_passes import FitRecording, NativePass, SteerPasses, TextPass, flips, replaced
-from moetools.steering import (
-    Experts,
-    expert_delta,
-    pick_experts,
-    selection_frequencies,
-    set_agreement,
-    split_half_floor,
-)
-from moetools.tracing import local_inputs
-from moetools.writing import (
-    KIND,
-    WriteOptions,
-    WrittenCheckpoint,
-    check_destination,
-    write_checkpoint,
-)
+from moetools.steer_outputs import check_outputs, write_options
+from moetools.steer_passes import SteerPasses, TextPass, replaced
+from moetools.writing import check_destination, write_checkpoint
 
 INPUT_BYTES = 1 << 32
 """Memory for router inputs that a direction is fitted on."""
@@ -127,7 +112,7 @@ def steer(
             target=_several(target),
             generic=_several(generic),
             layers=layers,
-            strengths=tuple(strength) if isinstance(strength, Sequence) else (strength,),
+            strengths=(strength,) if isinstance(strength, float | int) else tuple(strength),
             **options,
         )
     )
@@ -154,7 +139,7 @@ def run_steer(options: SteerOptions) -> SteerRun:
         purpose="steered",
     )
     if options.out is not None:
-        check_destination(opened.checkpoint, options.out, _write_options(options))
+        check_destination(opened.checkpoint, options.out, write_options(options))
     specs = pick_routers(opened.routers, opened.text_config.num_hidden_layers, options)
     for spec in specs:
         reason = cannot_steer(spec)
@@ -168,50 +153,6 @@ def run_steer(options: SteerOptions) -> SteerRun:
         run.measure(model)
     run.write()
     return SteerRun(document=run.document, intervention=run.intervention, items=run.items)
-
-
-def check_outputs(options: SteerOptions) -> None:
-    """Refuse places that cannot be written, before anything is read.
-
-    Raises:
-        OutputError: One of them.
-    """
-    inputs = local_inputs(options.model, (*options.target, *options.generic))
-    if options.tasks is not None:
-        inputs += local_inputs(options.tasks, ())
-    if options.out is not None:
-        check_output(options.out, kind=KIND, overwrite=options.overwrite, inputs=inputs)
-    folders = [(Path(options.model).expanduser(), "the checkpoint")]
-    if options.out is not None:
-        folders.append((options.out, "--out"))
-    files = (("--save-intervention", options.save_intervention), ("--patch", options.patch))
-    for flag, path in files:
-        if path is not None:
-            _check_file(flag, path, folders, inputs, overwrite=options.overwrite)
-    if options.patch is not None and options.patch == options.save_intervention:
-        raise OutputError(f"--patch and --save-intervention name the same file, {options.patch}.")
-
-
-def _check_file(
-    flag: str,
-    path: Path,
-    folders: Sequence[tuple[Path, str]],
-    inputs: Sequence[Path],
-    *,
-    overwrite: bool,
-) -> None:
-    real = Path(os.path.abspath(path)).resolve()
-    if path.is_dir():
-        raise OutputError(f"{flag} {path} is a folder. Name a file.")
-    for folder, what in folders:
-        if Path(os.path.abspath(folder)).resolve() in real.parents:
-            raise OutputError(f"{flag} {path} lies inside {what}, {folder}. Name a file elsewhere.")
-    if real in [each.resolve() for each in inputs]:
-        raise OutputError(f"{flag} {path} is an input of this run. Name another file.")
-    if not real.parent.is_dir():
-        raise OutputError(f"{flag} {path}: there is no folder {path.parent}. Make it first.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{flag} {path} exists. Name a new file, or add --overwrite.")
 
 
 class _Run:
@@ -229,6 +170,13 @@ class _Run:
         self.opened = opened
         self.specs = specs
         self.tasks = tasks
+        self.dev: Arms | None = None
+        self.test: Arms | None = None
+        if tasks is not None:
+            self.dev, self.test = (
+                Arms(items, opened, batch_tokens=options.batch_tokens)
+                for items in (tasks.dev, tasks.test)
+            )
         self.fit_texts = evaluation(corpora, held_out=False)
         self.held_out = evaluation(corpora, held_out=True)
         self.num_target = len(corpora[0].part(held_out=False))
@@ -238,9 +186,8 @@ class _Run:
         self.items: pd.DataFrame | None = None
         self.fidelity: Fidelity | None = None
         self._folds: list[edit.Fold] = []
-        self._held_items: Arms | None = None
         self._folded: TextPass | None = None
-        self.document = self._started(corpora)
+        self.document = {**setting(options, opened, specs, corpora), "written": {}}
 
     def measure(self, model: Any) -> None:
         """Everything that needs the model."""
@@ -251,16 +198,19 @@ class _Run:
         for texts in (self.fit_texts, self.held_out):
             passes.plan(texts)
         recording = passes.fit(self.fit_texts, self._sampled())
-        promote, demote = self._find(recording)
-        hooks = {strength: self._hook(strength, promote, demote) for strength in options.tried}
-        chosen = [spec for spec in self.specs if spec.name in {**promote, **demote}]
+        found = identify(self.specs, recording, self.fit_texts, self.num_target, options)
+        self.document["identification"] = found.to_json(self.specs)
+        hooks = {strength: self._hook(strength, found) for strength in options.tried}
+        chosen = [spec for spec in self.specs if spec.name in {**found.promote, **found.demote}]
         targets: dict[str, FoldTarget] = {}
         directions: dict[str, Tensor] = {}
         if options.changes_weights:
             targets = {spec.name: fold_target(spec, passes) for spec in chosen}
+            edit.check_stored(self.opened.checkpoint, [each.key for each in targets.values()])
             directions = fit_directions(targets, recording, seed=options.seed)
         native = passes.predict(self.held_out, hooks, directions)
-        self._note_predictions(hooks, native)
+        self.document["num_held_out_tokens"] = self.held_out.num_tokens
+        self.document["predicted"] = predictions(self.specs, hooks, native)
         if not options.writes and self.tasks is None:
             return
         if self._refused(variations(chosen, native)):
@@ -271,7 +221,8 @@ class _Run:
         made = hooks[strength]
         with steered(model, self.opened, made, rules=passes.rules):
             hook = passes.again(self.held_out, "Steering with the hook")
-        self._note_hook(made, native, hook)
+        self.document["strength"] = strength
+        self.document["measured"] = hook_effect(self.specs, made, native, hook, self.num_predicted)
         values: dict[str, Tensor] = {}
         if options.changes_weights:
             self._folds = make_folds(self.specs, targets, directions, recording, made)
@@ -281,12 +232,13 @@ class _Run:
             self.fidelity = measure(
                 self.specs, targets, native, hook, self._folded, self.num_predicted
             )
-            self._note_folds(self.fidelity)
+            self.document["fold"] = folded(self._folds)
+            self.document["fidelity"] = self.fidelity.to_json()
             if self._refused(self.fidelity.objections):
                 return
         self.intervention = made
-        if self.tasks is not None:
-            self._measure_items(model, passes, made, values)
+        if self.test is not None:
+            self._measure_items(self.test, model, passes, made, values)
 
     def _refused(self, objections: Sequence[str]) -> bool:
         """Whether something is wrong that was not accepted with `--force`."""
@@ -309,7 +261,7 @@ class _Run:
             self._write_weights(made)
         if options.save_intervention is not None:
             write_intervention(options.save_intervention, made)
-            self._note_written("intervention", options.save_intervention)
+            self.document["written"]["intervention"] = str(options.save_intervention)
 
     def _write_weights(self, made: RouterIntervention) -> None:
         options = self.options
@@ -317,7 +269,7 @@ class _Run:
         plan = edit.plan(
             self.opened.checkpoint,
             self._folds,
-            parameters=self._parameters(made),
+            parameters=parameters(options, made, self.document),
             metrics={"fidelity": self.fidelity.to_json()},
             seed=options.seed,
             attachments=self._attachments(made),
@@ -325,47 +277,14 @@ class _Run:
         if options.out is None:
             assert options.patch is not None
             write_patch(plan, options.patch, overwrite=options.overwrite)
-            self._note_written("patch", options.patch)
+            self.document["written"]["patch"] = str(options.patch)
             return
-        written = write_checkpoint(plan, options.out, options=_write_options(options))
-        self._note_written("checkpoint", options.out)
+        written = write_checkpoint(plan, options.out, options=write_options(options))
+        self.document["written"]["checkpoint"] = str(options.out)
         if options.patch is not None:
-            self._note_written("patch", options.patch)
-        self._note_checkpoint(written)
+            self.document["written"]["patch"] = str(options.patch)
+        self.document["checkpoint"] = describe_checkpoint(written)
         self.document["loaded_again"] = self._load_again(options.out)
-
-    def _started(self, corpora: Sequence[Corpus]) -> dict[str, Any]:
-        options, opened = self.options, self.opened
-        return {
-            "format": 1,
-            "model": options.model,
-            "revision": opened.checkpoint.revision,
-            "family": opened.checkpoint.model_type,
-            "dtype": opened.dtype_name,
-            "device": opened.device.type,
-            "layers": [spec.layer for spec in self.specs],
-            "layers_without_router": sorted(
-                parse_layers(options.layers) - {spec.layer for spec in self.specs}
-            ),
-            "ignored_routers": dict(opened.discovery.ignored),
-            "mode": options.mode,
-            "deactivate": options.deactivate,
-            "tau": options.tau,
-            "strengths": list(options.tried),
-            "seed": options.seed,
-            "texts": [
-                {
-                    "corpus": corpus.name,
-                    "data": list(getattr(options, corpus.name)),
-                    "where": list(getattr(options, f"{corpus.name}_where")),
-                    "num_texts": corpus.num_texts,
-                    "num_tokens": corpus.num_tokens(held_out=False),
-                    "num_held_out_tokens": corpus.num_tokens(held_out=True),
-                }
-                for corpus in corpora
-            ],
-            "written": {},
-        }
 
     def _sampled(self) -> NDArray[np.bool_]:
         """[N] tokens whose router inputs are kept, for the directions of folds."""
@@ -378,146 +297,15 @@ class _Run:
             kept[generator.permutation(num_tokens)[:limit]] = True
         return kept
 
-    def _find(self, recording: FitRecording) -> tuple[Experts, Experts]:
-        """Experts to promote and to demote, by router.
-
-        Raises:
-            RequestError: None, all of a router, or more than hard steering can handle.
-        """
-        options, texts, split = self.options, self.fit_texts, self.num_target
-        labels = texts.document
-        delta, floor = {}, {}
-        for spec in self.specs:
-            of_rows = selection_frequencies(
-                recording.ids[spec.name], texts.starts, spec.num_experts
-            )
-            target, generic = of_rows[:split], of_rows[split:]
-            delta[spec.name] = expert_delta(target, generic)
-            floor[spec.name] = split_half_floor(
-                target,
-                generic,
-                seed=options.seed,
-                target_texts=labels[:split],
-                generic_texts=labels[split:],
-            )
-        sign = -1 if options.deactivate else 1
-        top_k = {spec.name: spec.top_k for spec in self.specs}
-        tau: Any = options.tau
-        chosen = pick_experts(
-            {name: sign * each for name, each in delta.items()}, tau=tau, floor=floor, top_k=top_k
-        )
-        self.document["identification"] = [
-            {
-                "router": spec.name,
-                "layer": spec.layer,
-                "num_experts": spec.num_experts,
-                "top_k": spec.top_k,
-                "floor": floor[spec.name],
-                "largest_delta": float((sign * delta[spec.name]).max()) * sign,
-                "experts": [
-                    {"expert": expert, "delta": float(delta[spec.name][expert])}
-                    for expert in chosen.get(spec.name, ())
-                ],
-            }
-            for spec in self.specs
-        ]
-        self._check_numbers(chosen)
-        return ({}, chosen) if options.deactivate else (chosen, {})
-
-    def _check_numbers(self, chosen: Experts) -> None:
-        for spec in self.specs:
-            number = len(chosen.get(spec.name, ()))
-            if self.options.deactivate and number > spec.num_experts - spec.top_k:
-                raise RequestError(
-                    f"--tau {self.options.tau} demotes {number} of the {spec.num_experts} experts "
-                    f"of layer {spec.layer}, where a token selects {spec.top_k}. Choose a larger "
-                    "one, or auto."
-                )
-            if self.options.mode == "hard" and not self.options.deactivate and number > spec.top_k:
-                raise RequestError(
-                    f"--mode hard: --tau {self.options.tau} selects {number} experts of layer "
-                    f"{spec.layer}, where a token selects {spec.top_k}: more derail the model. "
-                    "Choose a larger --tau, or auto."
-                )
-
-    def _hook(self, strength: float, promote: Experts, demote: Experts) -> RouterIntervention:
+    def _hook(self, strength: float, found: Identification) -> RouterIntervention:
         made = RouterIntervention(
-            mode="hard" if self.options.mode == "hard" else "soft",
+            mode=self.options.mode,
             strength=strength,
-            promote=promote,
-            demote=demote,
+            promote=found.promote,
+            demote=found.demote,
             seed=self.options.seed,
         )
         return fingerprinted(made, self.opened.checkpoint, self.opened.routers)
-
-    def _note_predictions(
-        self, hooks: Mapping[float, RouterIntervention], native: NativePass
-    ) -> None:
-        """What each strength should change, by router and expert."""
-        self.document["num_held_out_tokens"] = self.held_out.num_tokens
-        self.document["predicted"] = [
-            {
-                "strength": strength,
-                "layer": spec.layer,
-                "changed": found.changed[spec.name],
-                "flips": [
-                    {"expert": expert, "rate": float(rate)}
-                    for expert, rate in zip(
-                        hooks[strength].experts(spec.name), found.flips[spec.name], strict=True
-                    )
-                ],
-            }
-            for strength, found in native.predictions.items()
-            for spec in self.specs
-            if spec.name in found.flips
-        ]
-
-    def _note_hook(self, made: RouterIntervention, native: NativePass, hook: TextPass) -> None:
-        """What the hook changed, beside what was predicted."""
-        predicted = native.predictions[made.strength]
-        rows = []
-        for spec in self.specs:
-            before, after = native.index[spec.name], hook.index[spec.name]
-            moved = flips(before, after, made, spec.name).mean(axis=0)
-            changed = float((~set_agreement(before, after)).double().mean())
-            rows.append(
-                {
-                    "layer": spec.layer,
-                    "router": spec.name,
-                    "changed_predicted": predicted.changed.get(spec.name),
-                    "changed_measured": changed,
-                    "experts": [
-                        {"expert": expert, "predicted": float(was), "measured": float(now)}
-                        for expert, was, now in zip(
-                            made.experts(spec.name),
-                            predicted.flips.get(spec.name, ()),
-                            moved,
-                            strict=True,
-                        )
-                    ],
-                }
-            )
-        self.document["strength"] = made.strength
-        self.document["measured"] = {
-            "layers": rows,
-            "num_tokens": self.held_out.num_tokens,
-            **_overall(rows),
-            "loss": asdict(loss_difference(hook.nll, native.nll, self.num_predicted)),
-        }
-
-    def _note_folds(self, fidelity: Fidelity) -> None:
-        """What was folded where, and how close that is to the hook."""
-        self.document["fold"] = [
-            {
-                "layer": fold.layer,
-                "kind": fold.kind,
-                "key": fold.key,
-                "offsets": {str(expert): offset for expert, offset in fold.offsets.items()},
-                "meaning": edit.PROMOTION[fold.kind],
-            }
-            for fold in self._folds
-        ]
-        self.document["fidelity"] = fidelity.to_json()
 
     def _choose(
         self, model: Any, passes: SteerPasses, hooks: Mapping[float, RouterIntervention]
@@ -526,9 +314,9 @@ class _Run:
 
         One strength alone is not chosen but taken. Of equal ones the smallest wins.
         """
-        if self.tasks is None:
+        if self.tasks is None or self.dev is None:
             return next(iter(hooks))
-        tasks = self.tasks
+        tasks, arms = self.tasks, self.dev
         self.document["tasks"] = {
             "data": self.options.tasks,
             "how": tasks.how,
@@ -537,7 +325,6 @@ class _Run:
         }
         if len(hooks) == 1:
             return next(iter(hooks))
-        arms = Arms(tasks.dev, self.opened, batch_tokens=self.options.batch_tokens)
         names = {0.0: "no steering"} | {strength: f"strength {strength:g}" for strength in hooks}
         arms.add(names[0.0], model)
         for strength, made in hooks.items():
@@ -567,14 +354,13 @@ class _Run:
 
     def _measure_items(
         self,
+        arms: Arms,
         model: Any,
         passes: SteerPasses,
         made: RouterIntervention,
         values: Mapping[str, Tensor],
     ) -> None:
         """Hold the arms against each other on the held-out items."""
-        assert self.tasks is not None
-        arms = Arms(self.tasks.test, self.opened, batch_tokens=self.options.batch_tokens)
         arms.add("base", model)
         with steered(model, self.opened, made, rules=passes.rules):
             arms.add("hook", model)
@@ -587,27 +373,6 @@ class _Run:
             arms.compare(first, second, seed=self.options.seed) for first, second in pairs
         ]
         self.items = arms.table()
-        self._held_items = arms
-
-    def _parameters(self, made: RouterIntervention) -> dict[str, Any]:
-        options = self.options
-        return {
-            "mode": made.mode,
-            "strength": made.strength,
-            "layers": self.document["layers"],
-            "tau": options.tau,
-            "deactivate": options.deactivate,
-            "promote": {name: list(each) for name, each in made.promote.items()},
-            "demote": {name: list(each) for name, each in made.demote.items()},
-            "target": list(options.target),
-            "target_where": list(options.target_where),
-            "generic": list(options.generic),
-            "generic_where": list(options.generic_where),
-            "tasks": options.tasks,
-            "max_tokens": options.max_tokens,
-            "forced": options.force,
-            "fold": self.document["fold"],
-        }
 
     def _attachments(self, made: RouterIntervention) -> dict[str, bytes]:
         files = {
@@ -620,18 +385,6 @@ class _Run:
             self.items.to_parquet(buffer, index=False)
             files[ITEMS] = buffer.getvalue()
         return files
-
-    def _note_written(self, what: str, path: Path) -> None:
-        self.document["written"][what] = str(path)
-
-    def _note_checkpoint(self, written: WrittenCheckpoint) -> None:
-        self.document["checkpoint"] = {
-            "changed": list(written.changed),
-            "rounded_away": list(written.rounded_away),
-            "left_out": dict(written.left_out),
-            "num_bytes": written.num_bytes,
-            "notes": list(written.notes),
-        }
 
     def _load_again(self, out: Path) -> dict[str, Any]:
         """Hold the written checkpoint against the folded weights that were tried."""
@@ -652,34 +405,12 @@ class _Run:
             found = passes.again(self.held_out, "Running the written checkpoint")
             difference = np.abs(found.nll - self._folded.nll).sum() / self.num_predicted.sum()
             result: dict[str, Any] = {"loss_difference": float(difference)}
-            if self._held_items is not None:
-                self._held_items.add("written", model)
-                found_items = self._held_items.compare("folded", "written", seed=self.options.seed)
+            if self.test is not None:
+                self.test.add("written", model)
+                found_items = self.test.compare("folded", "written", seed=self.options.seed)
                 names = ("differing_items", "num_items", "loglik_apart")
                 result |= {name: found_items[name] for name in names}
         return result
-
-
-def _write_options(options: SteerOptions) -> WriteOptions:
-    return WriteOptions(
-        overwrite=options.overwrite,
-        link=options.link,
-        carry_all=options.carry_all,
-        keep_originals=options.keep_originals,
-        patch=options.patch,
-    )
-
-
-def _overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Means over the steered routers and their experts."""
-    steered_rows = [row for row in rows if row["experts"]]
-    experts = [expert for row in steered_rows for expert in row["experts"]]
-    return {
-        "flip_rate_predicted": float(np.mean([each["predicted"] for each in experts])),
-        "flip_rate_measured": float(np.mean([each["measured"] for each in experts])),
-        "changed_predicted": float(np.mean([row["changed_predicted"] for row in steered_rows])),
-        "changed_measured": float(np.mean([row["changed_measured"] for row in steered_rows])),
-    }
 
 
 def _json_bytes(document: Mapping[str, Any]) -> bytes:

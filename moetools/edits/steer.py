@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moetools.architectures import RouterSpec
 from moetools.checkpoint import Checkpoint
 from moetools.edit_plan import EditPlan, EditRecord, TensorChange
 from moetools.errors import RequestError
@@ -63,15 +62,6 @@ class Fold:
     direction: Tensor | None = None
 
 
-def fold_target(spec: RouterSpec) -> tuple[FoldKind, str]:
-    """Which tensor of a router takes the fold, and its key on disk: a bias if there is one."""
-    if spec.bias_key is not None:
-        return "logit bias", spec.bias_key
-    if spec.correction_bias_key is not None:
-        return "selection bias", spec.correction_bias_key
-    return "weight", spec.weight_key
-
-
 def plan(
     checkpoint: Checkpoint,
     folds: Sequence[Fold],
@@ -96,13 +86,7 @@ def plan(
     """
     if not folds:
         raise RequestError("Nothing to write: no expert was chosen in any layer.")
-    keys = [fold.key for fold in folds]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise RequestError(
-            f"{checkpoint.name}: several layers share {twice}, so they cannot be steered apart. "
-            "Use --save-intervention instead of writing weights."
-        )
+    check_stored(checkpoint, [fold.key for fold in folds])
     return EditPlan(
         checkpoint=checkpoint,
         changes={fold.key: _change(checkpoint, fold) for fold in folds},
@@ -119,24 +103,41 @@ def plan(
     )
 
 
+def check_stored(checkpoint: Checkpoint, keys: Sequence[str]) -> None:
+    """Refuse tensors that nothing can be added to.
+
+    Args:
+        checkpoint: What is steered.
+        keys: Of tensors that are to take a fold.
+
+    Raises:
+        RequestError: One is not of a floating type, or takes two folds.
+    """
+    for key in keys:
+        if keys.count(key) > 1:
+            raise RequestError(
+                f"{checkpoint.name}: several layers share {key}, so they cannot be steered apart. "
+                "Use --save-intervention instead of writing weights."
+            )
+        if checkpoint.tensors[key].dtype not in FLOATS:
+            raise RequestError(
+                f"{checkpoint.name}: {key} is stored as {checkpoint.tensors[key].dtype}, which a "
+                "small change cannot be added to. Use --save-intervention instead of writing "
+                "weights."
+            )
+
+
 def folded_tensor(checkpoint: Checkpoint, fold: Fold) -> Tensor:
     """The tensor with the fold, in the dtype and shape that it has on disk.
 
     Raises:
-        RequestError: It is not of a floating type.
-        ValueError: A weight has no direction.
+        ValueError: A weight without a direction, or with one of another length.
     """
-    info = checkpoint.tensors[fold.key]
-    if info.dtype not in FLOATS:
-        raise RequestError(
-            f"{checkpoint.name}: {fold.key} is stored as {info.dtype}, which a small change cannot "
-            "be added to. Use --save-intervention instead of writing weights."
-        )
     original = checkpoint.tensor(fold.key)
     if fold.kind != "weight":
         return fold_into_bias(original, fold.offsets)
-    if fold.direction is None:
-        raise ValueError(f"{fold.key}: a weight needs a direction")
+    if fold.direction is None or original.shape[1:] != fold.direction.shape:
+        raise ValueError(f"{fold.key}: a weight [E, H] needs a direction [H]")
     return folded_weight(original, fold.direction, fold.offsets)
 
 

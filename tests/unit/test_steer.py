@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, save_byte_tokenizer, write_rows
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 import moetools
@@ -115,6 +118,7 @@ def command(tiny_checkpoint, data):
         (("--mode", "gentle"), "--mode gentle: expected soft or hard"),
         (("--mode", "hard", "--out", "OUT"), "no tensor of a checkpoint can hold"),
         (("--mode", "hard", "--patch", "OUT"), "--patch: hard steering"),
+        (("--seed", "-1"), "--seed -1: expected at least 0"),
         (("--max-tokens", "0"), "--max-tokens 0: expected at least 1"),
         (("--max-tokens", "60"), "at least 4 are needed"),
         (("--group-column", "lang"), "--group-column describes --tasks"),
@@ -180,8 +184,6 @@ def test_tau_that_selects_too_much(capsys, command):
     code, _, err = moetools_cli(capsys, *command("--tau", "1e-9", "--mode", "hard"))
     assert code == 2
     assert "where a token selects 2: more derail the model" in err
-    code, _, err = moetools_cli(capsys, *command("--tau", "1e-9", "--deactivate", "--debug"))
-    assert code in (0, 2)
 
 
 def test_places_that_cannot_be_written(capsys, command, tiny_checkpoint, tmp_path):
@@ -233,7 +235,8 @@ def test_dry_run(capsys, command):
     assert code == 0
     assert "layers 0, 1" in out
     assert "Dry run, nothing was written" in out
-    assert max(map(len, out.splitlines())) <= 100 or "jsonl" in max(out.splitlines(), key=len)
+    assert all(len(line) <= 80 or "target.jsonl" in line or "generic.jsonl" in line
+               for line in out.splitlines())  # fmt: skip
     code, out, _ = moetools_cli(capsys, *command("--json"))
     document = json.loads(out)
     assert document["written"] == {}
@@ -388,12 +391,9 @@ def test_where_families_take_the_fold(data, family, tmp_path, model_type, layers
     before, after = Checkpoint.open(str(model)), Checkpoint.open(str(tmp_path / "out"))
     for fold in run.document["fold"]:
         assert before.tensors[fold["key"]].shape == after.tensors[fold["key"]].shape
-    better = [
-        each["agreement"] > each["agreement_without"]
-        for each in run.document["fidelity"]["layers"]
-        if each["kind"] is not None
-    ]
-    assert all(better) or kind != "logit bias"
+    for layer in run.document["fidelity"]["layers"]:
+        if layer["kind"] is not None:
+            assert layer["agreement"] > layer["agreement_without"]
 
 
 def test_constant_form_in_a_bias_is_its_hook_exactly(family):
@@ -442,6 +442,18 @@ def test_plan_is_pure_and_checks(tiny_checkpoint):
         edit.plan(checkpoint, [], parameters={})
     with pytest.raises(RequestError, match="several layers share"):
         edit.plan(checkpoint, [fold, fold], parameters={})
+    short = replace(fold, direction=direction[:5])
+    with pytest.raises(ValueError, match="needs a direction"):
+        edit.plan(checkpoint, [short], parameters={}).changes[key].read()
+
+
+def test_packed_routers_take_no_fold(tmp_path, tiny_checkpoint):
+    packed = shutil.copytree(tiny_checkpoint, tmp_path / "packed")
+    tensors = load_file(packed / "model.safetensors")
+    key = "model.layers.1.mlp.gate.weight"
+    save_file({**tensors, key: tensors[key].to(torch.float8_e4m3fn)}, packed / "model.safetensors")
+    with pytest.raises(RequestError, match="is stored as F8_E4M3"):
+        edit.check_stored(Checkpoint.open(str(packed)), [key])
 
 
 def test_unknown_rule(monkeypatch, tiny_checkpoint, data):
