@@ -496,7 +496,7 @@ class _Steps:
                 "(hidden_states, top_k_index, top_k_weights), so the selection cannot be replaced."
             )
         for name, new in ((names[1], routing.top_k_index), (names[2], routing.top_k_weights)):
-            values[name] = new.to(values[name].dtype)
+            values[name] = new.to(values[name])
         return (
             tuple(values[place] for place in range(len(args))),
             {name: values[name] for name in kwargs},
@@ -523,13 +523,14 @@ def find_rules(model: Any, routers: Sequence[RouterSpec]) -> dict[str, ScoringRu
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(first, max(last, first + 1), (num_rows, length), generator=generator)
     embedding = model.get_input_embeddings().weight
-    device = model.device if embedding.is_meta else embedding.device
+    if not embedding.is_meta:  # else accelerate moves them
+        input_ids = input_ids.to(embedding.device)
     with (
         torch.no_grad(),
         RouterRecorder(model, routers, keep=frozenset({"logits"})) as recorder,
     ):
         recorder.begin(num_tokens=input_ids.numel())
-        model.base_model(input_ids=input_ids.to(device), use_cache=False)
+        model.base_model(input_ids=input_ids, use_cache=False)
         routings = recorder.take()
     fits = {}
     for spec in routers:

@@ -648,6 +648,20 @@ class TestTrace:
         assert all(router.rule is not None for router in store.routers)
         assert (column(store, f"experts.{name}") == 3).any(axis=1).all()
 
+    @pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+    def test_a_model_larger_than_memory_is_steered(
+        self, tmp_path, made, tiny_checkpoint, parallel_texts, monkeypatch
+    ):
+        pytest.importorskip("accelerate")
+        options = {"intervention": tmp_path / "made.json", "keep": ("logits",), "dtype": "float32"}
+        whole = self.trace(tiny_checkpoint, parallel_texts, tmp_path / "whole", **options)
+        size = (tiny_checkpoint / "model.safetensors").stat().st_size
+        monkeypatch.setattr("moetools.opening.usable_memory", lambda device: size / 2)
+        spread = self.trace(tiny_checkpoint, parallel_texts, tmp_path / "spread", **options)
+        for name in ("experts.00", "logits.00", "experts.01", "logits.01"):
+            np.testing.assert_array_equal(column(spread, name), column(whole, name))
+        assert spread.routers == whole.routers
+
     def test_resume_needs_the_same_intervention(
         self, tmp_path, made, tiny_checkpoint, parallel_texts
     ):
