@@ -10,7 +10,6 @@ form that can be written into weights are ours.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -325,30 +324,6 @@ def set_agreement(one: Tensor, other: Tensor) -> Tensor:
     return (one.sort(dim=-1).values == other.sort(dim=-1).values).all(dim=-1)
 
 
-def mean_spread(scores: Tensor) -> float:
-    """Mean of `spread` over tokens, in float64."""
-    return float(spread(scores.double()).mean())
-
-
-def soft_offsets(
-    scores: Tensor, promote: Sequence[int], demote: Sequence[int], strength: float
-) -> dict[int, float]:
-    """The constant form of `soft`: strength times the mean spread of scores [T, E]."""
-    step = strength * mean_spread(scores)
-    return {**dict.fromkeys(promote, step), **dict.fromkeys(demote, -step)}
-
-
-def hard_offsets(scores: Tensor, promote: Sequence[int], demote: Sequence[int]) -> dict[int, float]:
-    """The constant form of `hard`: mean distance of each expert to the best, or the worst."""
-    scores = scores.double()
-    up = (scores.amax(dim=-1, keepdim=True) - scores).mean(dim=0)
-    down = (scores.amin(dim=-1, keepdim=True) - scores).mean(dim=0)
-    return {
-        **{expert: float(up[expert]) for expert in promote},
-        **{expert: float(down[expert]) for expert in demote},
-    }
-
-
 def fold_direction(inputs: Tensor, ridge: float) -> Tensor:
     """[H] float64: the direction u whose product with router inputs is closest to 1.
 
@@ -385,30 +360,6 @@ def pick_ridge(inputs: Tensor, *, seed: int, ridges: Sequence[float] = RIDGES) -
     held, used = inputs[order[: len(order) // 5]].double(), inputs[order[len(order) // 5 :]]
     errors = [float((held @ fold_direction(used, each) - 1).square().mean()) for each in ridges]
     return ridges[int(np.argmin(errors))]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DirectionQuality:
-    """How constant u . x is over tokens.
-
-    Attributes:
-        mean: Of u . x.
-        std: Of u . x (ddof 0).
-    """
-
-    mean: float
-    std: float
-
-    @property
-    def variation(self) -> float:
-        """Coefficient of variation, std / |mean|."""
-        return self.std / abs(self.mean) if self.mean else math.inf
-
-
-def direction_quality(direction: Tensor, inputs: Tensor) -> DirectionQuality:
-    """Mean and standard deviation of u . x over inputs [T, H] that u was not fitted on."""
-    products = inputs.double() @ direction.double()
-    return DirectionQuality(mean=float(products.mean()), std=float(products.std(correction=0)))
 
 
 def folded_weight(weight: Tensor, direction: Tensor, offsets: Offsets) -> Tensor:
