@@ -506,8 +506,9 @@ def picture(study: Study, results: Results, path: Path) -> None:
         axes = grid[0, 0]
         for place, cell in enumerate(reversed(arms)):
             each = others(items, cell.values - base)
-            axes.plot([100 * each.low, 100 * each.high], [place, place], color="C0")
-            axes.plot(100 * each.value, place, "o", color="C0" if cell is results.task else "C1")
+            color = "C1" if cell in controls else "C0"
+            axes.plot([100 * each.low, 100 * each.high], [place, place], color=color)
+            axes.plot(100 * each.value, place, "o", color=color)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(arms)), [cell.arm.name for cell in reversed(arms)])
         axes.set_xlabel("change in points of accuracy, mean of languages without labels, 95 %")
