@@ -56,7 +56,7 @@ DEFINITIONS = {
     "perplexity": "exp(nll)",
     "low, high": "95 % interval: percentiles of 2000 bootstrap samples of units; a unit is an "
     "item or text, or all of one id where groups share ids. Units are drawn once for all groups "
-    "and both arms",
+    "and both arms. Too narrow with fewer than about 20 units, or ten changed items",
     "mean": "of the groups, each counting the same",
     "pooled": "over all items or tokens",
     "chance": "mean of 1 / number of choices",

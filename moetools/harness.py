@@ -5,13 +5,16 @@ The harness is the extra `moetools[lm-eval]`; it brings its own tasks and fetche
 
 import difflib
 import importlib.util
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from moetools import console
 from moetools.errors import DataError, RequestError
 
 STANDARD_ERRORS = 1.959964
@@ -47,6 +50,7 @@ def run(
         RequestError: No such task.
         DataError: A task cannot be loaded, such as one whose data is not here while offline.
     """
+    console.note(f"Running {', '.join(tasks)} through lm-evaluation-harness ...")
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -122,7 +126,7 @@ def _task(name: str, manager: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors of the harness, and no bars of the libraries that it uses."""
+    """Only errors of the harness; its bars on a terminal alone."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -130,8 +134,10 @@ def _quiet() -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
+    bars = sys.stderr.isatty() and not console.settings.quiet
     try:
-        yield
+        with nullcontext() if bars else redirect_stderr(io.StringIO()):
+            yield
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)

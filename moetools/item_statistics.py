@@ -25,6 +25,8 @@ NUM_REPLICATES = 2000
 DRAWN_AT_ONCE = 100
 COVERAGE = 0.95
 MIN_STRATUM = 10
+MIN_FINITE = 0.9
+"""Share of replicates that draw something of every group, for an interval of their mean."""
 DETECTED = 1.959964 + 0.841621
 """Standard errors between no effect and one that a two-sided 5 % test finds four times in five."""
 METRICS = ("accuracy", "accuracy_per_token")
@@ -127,7 +129,8 @@ class Sample:
     ) -> list[Estimate]:
         """Sum of values over sum of sizes with its interval, for every scope.
 
-        The interval is that of the percentiles. Where values all are the same there is nothing
+        The interval is that of the percentiles; with fewer than about 20 units, or ten that
+        differ from the others, it is too narrow. Where all values are the same there is nothing
         to resample: with `bounds`, the largest shift takes its place that a share of units too
         small to be seen could make, of which one or more would be in the sample 39 times in 40.
 
@@ -171,7 +174,7 @@ class Sample:
             replicates = (drawn[..., 0] / drawn[..., 1]).mean(axis=1)
         replicates = replicates[np.isfinite(replicates)]
         low = high = error = math.nan
-        if len(units) > 1 and len(replicates) > 1:
+        if len(units) > 1 and len(replicates) > MIN_FINITE * NUM_REPLICATES:
             error = float(replicates.std(ddof=1)) if np.ptp(spread) > 0 else 0.0
             tail = (1 - COVERAGE) / 2
             low, high = map(float, np.quantile(replicates, [tail, 1 - tail]))
@@ -312,7 +315,7 @@ def compare_items(
                     "design_effect": each.num / effective,
                     "num_items": each.num,
                     "num_units": each.num_units,
-                    **_equivalence_columns(each, margin),
+                    **_equivalence_columns(each, margin, bounded=True),
                 }
             )
     table = pd.DataFrame(rows).astype({"gained": "Int64", "lost": "Int64"})
@@ -507,15 +510,24 @@ def _difference_columns(metric: str, a: float, b: float, each: Estimate) -> dict
     }
 
 
-def _equivalence_columns(each: Estimate, margin: float | None) -> dict[str, Any]:
+def _equivalence_columns(
+    each: Estimate, margin: float | None, *, bounded: bool = False
+) -> dict[str, Any]:
+    """Two one-sided tests; where nothing changed, what too few units to be seen could change."""
     if margin is None:
         return {}
     test = tost_paired(each.unit_values, margin=margin)
+    verdict: str = test.verdict
+    low, high = test.low, test.high
+    if bounded and not each.error > 0:
+        unseen = 1 - float(test.level ** (1 / each.num_units))
+        low, high = each.value - unseen, each.value + unseen
+        verdict = "equivalent" if -margin < low and high < margin else "undecided"
     return {
         "margin": margin,
-        "verdict": test.verdict,
-        "equivalence_low": test.low,
-        "equivalence_high": test.high,
+        "verdict": verdict,
+        "equivalence_low": low,
+        "equivalence_high": high,
     }
 
 
