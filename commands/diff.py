@@ -518,7 +518,7 @@ def group_facts(group: "TensorGroup") -> str:
             words.append(f"{int(sum(counts)):,} of {total:,} {unit} differ")
             break
     if not_finite := int(sum(known("num_not_finite"))):
-        words.append(f"{not_finite:,} elements not finite")
+        words.append(f"{not_finite:,} not finite")
     return ", ".join(words)
 
 

@@ -39,6 +39,7 @@ from moetools.drift import (
     row_changes,
     selection_metrics,
 )
+from moetools.edit_plan import has_equal_bits
 from moetools.errors import (
     ArchitectureError,
     MachineError,
@@ -321,7 +322,7 @@ def other_changes(
             change = _ordered(b.tensor(key_b), order).double() - a.tensor(key_a).double()
             found[metric] = float(change.abs().max())
     changed = sum(
-        not torch.equal(a.tensor(key_a), _ordered(b.tensor(key_b), order))
+        not has_equal_bits(a.tensor(key_a), _ordered(b.tensor(key_b), order))
         for key_a, key_b in zip(pair.a.keys, pair.b.keys, strict=False)
     )
     found["num_changed_tensors"] = changed + abs(len(pair.a.keys) - len(pair.b.keys))

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moetools.architectures._keys import Source, find_sources
 from moetools.checkpoint import Checkpoint
-from moetools.edit_plan import TensorChange, tensor_bytes
+from moetools.edit_plan import TensorChange, has_equal_bits, tensor_bytes
 from moetools.errors import ArchitectureError
 from moetools.loading import empty_model
 from moetools.safetensors_format import TORCH_DTYPES
@@ -246,7 +245,7 @@ class DiskNames:
 
         again = self._forward(first, read)
         for name, tensor in new.items():
-            if name not in again or not _is_equal(again[name], tensor):
+            if name not in again or not has_equal_bits(again[name], tensor):
                 raise self._no_way_back(first, f"{name} would not be loaded as it was given")
 
     def _cast(self, key: str, tensor: Tensor) -> Tensor:
@@ -307,10 +306,3 @@ def _members(first: str, sources: list[Source]) -> list[str]:
         return [first]
     patterns = converter.target_patterns
     return [first.replace(patterns[0], pattern) for pattern in patterns]
-
-
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in every bit."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (a, b)))

@@ -7,7 +7,7 @@ import torch
 from moetools.architectures import find_routers
 from moetools.checkpoint import Checkpoint
 from moetools.disk_names import disk_changes
-from moetools.edit_plan import EditPlan, EditRecord
+from moetools.edit_plan import EditPlan, EditRecord, has_equal_bits
 from moetools.loading import load_model
 from moetools.writing import write_checkpoint
 
@@ -26,11 +26,6 @@ FAMILIES = [
     pytest.param(name, marks=[] if name in CHOSEN else pytest.mark.slow)
     for name in tiny_models.moe_model_types()
 ]
-
-
-def is_equal(a, b):
-    same = a.dtype == b.dtype and a.shape == b.shape
-    return same and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def loaded(path):
@@ -83,7 +78,7 @@ def test_what_is_changed_is_loaded_and_nothing_else(model_type, fused, tmp_path)
         write_checkpoint(plan, out)
         after = loaded(out)
         expected = {name: (before | new)[one_of[name]] for name in before}
-        assert [name for name in expected if not is_equal(after[name], expected[name])] == []
+        assert [name for name in expected if not has_equal_bits(after[name], expected[name])] == []
         assert all(
             changes[key].dtype == info.dtype and changes[key].shape == info.shape
             for key, info in checkpoint.tensors.items()

@@ -170,6 +170,18 @@ def test_the_command_shows_and_lists_tensors(capsys, tiny_checkpoint, copied):
     assert moved == {number: pytest.approx(0.5 if number == 1 else 0) for number in range(8)}
 
 
+def test_nan_is_no_difference(capsys, copied):
+    def change(tensors):
+        tensors[ROUTERS[0]][0, 0] = float("nan")
+
+    code, shown, _ = moetools(capsys, copied("a", change), copied("b", change), "--exit-code")
+    assert code == 0
+    assert "No difference: every router tensor is the same." in shown
+    code, shown, _ = moetools(capsys, copied("c"), copied("d", change), "--exit-code")
+    assert code == 3
+    assert "1 of 256 elements differ, 1 not finite" in " ".join(shown.split())
+
+
 def test_only_the_routers(capsys, tiny_checkpoint, copied):
     def change(tensors):
         tensors[EXPERT][0] = 0
