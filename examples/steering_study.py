@@ -496,11 +496,9 @@ def language_table(study: Study, results: Results) -> list[str]:
 def picture(study: Study, results: Results, path: Path) -> None:
     """Change on test items of every arm, languages without labels."""
     items, base = study.items["test"], results.base.values
-    arms = [
-        results.task,
-        results.folded,
-        *(cell for cells in results.controls.values() for cell in cells),
-    ]
+    controls = [cell for cells in results.controls.values() for cell in cells]
+    soft = [results.hook] if results.hook is not results.task else []
+    arms = [results.task, *soft, results.folded, *controls]
     with style.applied():
         figure, grid = style.subplots(height=0.5 * len(arms) + 1.2)
         axes = grid[0, 0]
