@@ -218,12 +218,16 @@ def render(section: "Section") -> "list[RenderableType]":
     """A part of the report for the terminal; only what holds paths is not wrapped."""
     from rich import box
     from rich.markup import escape
-    from rich.padding import Padding
     from rich.table import Table
 
     shown: list[RenderableType] = [f"[bold]{section.title}[/bold]"]
-    for line in map(escape, section.lines):
-        shown.append(f"  {line}" if section.has_paths else Padding(line, (0, 0, 0, 2)))
+    if section.has_paths:
+        shown += [f" - {escape(line)}" for line in section.lines]
+    else:
+        listed = Table.grid(padding=(0, 1))
+        for line in section.lines:
+            listed.add_row(" -", escape(line))
+        shown.append(listed)
     if section.columns:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in section.columns:

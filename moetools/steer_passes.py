@@ -155,10 +155,10 @@ class SteerPasses:
                 logits = required(routing.router_logits, "router_logits").float()
                 ids[spec.name][tokens.numpy()] = routing.top_k_index.cpu().numpy()
                 of_router.num_tokens += len(logits)
-                of_router.spread += float(spread(logits).double().sum())
+                of_router.spread += float(spread(logits).cpu().double().sum())
                 if self.adds_bias(spec):
                     scores = biased_scores(self.rules[spec.name], logits)
-                    of_router.score_spread += float(spread(scores).double().sum())
+                    of_router.score_spread += float(spread(scores).cpu().double().sum())
                 if routing.router_inputs is not None:
                     rows = kept.to(routing.router_inputs.device)
                     of_router.inputs.append(routing.router_inputs[rows].cpu())

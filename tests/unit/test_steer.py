@@ -283,6 +283,15 @@ def test_demoted_experts_are_those_used_less(tiny_checkpoint, data):
     assert max(deltas) < 0
 
 
+def test_the_same_run_twice(capsys, command, data):
+    shown = []
+    for _ in range(2):
+        code, out, _ = moetools_cli(capsys, *command("--tasks", data["items"], "--json"))
+        assert code == 0
+        shown.append(json.loads(out))
+    assert shown[0] == shown[1]
+
+
 # What is written
 
 
@@ -314,6 +323,9 @@ def test_checkpoint(tiny_checkpoint, data, tmp_path):
         ["base", "hook"], ["base", "folded"], ["hook", "folded"],
     ]  # fmt: skip
     assert "## Folded into weights" in (kept / "report.md").read_text()
+    moetools.apply(tiny_checkpoint, tmp_path / "patch.safetensors", out=tmp_path / "applied")
+    weights = "model.safetensors"
+    assert (tmp_path / "applied" / weights).read_bytes() == (out / weights).read_bytes()
     moetools.revert(out, out=tmp_path / "back")
     for file in tiny_checkpoint.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
