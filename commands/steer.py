@@ -161,8 +161,8 @@ def steer(
 
     Without --out, --patch or --save-intervention nothing is written.
 
-    Example: moetools steer demo --target items.jsonl --generic demo --generic-where lang=en
-    --layers 2:5
+    Example: moetools steer demo --target demo --target-where lang=de --generic demo
+    --generic-where lang=en --layers 2:5
     """
     from moetools.reporting.steer_tables import sections
     from moetools.steer_options import SteerOptions, parse_mode, parse_strengths, parse_tau

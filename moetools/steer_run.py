@@ -149,8 +149,7 @@ def run_steer(options: SteerOptions) -> SteerRun:
     length = opened.sequence_length(options.sequence_length)
     corpora = read_corpora(options, opened.tokenizer, length)
     run = _Run(options, opened, specs, corpora, tasks)
-    with opened.load() as model:
-        run.measure(model)
+    run.measure()
     run.write()
     return SteerRun(document=run.document, intervention=run.intervention, items=run.items)
 
@@ -189,8 +188,12 @@ class _Run:
         self._folded: TextPass | None = None
         self.document = {**setting(options, opened, specs, corpora), "written": {}}
 
-    def measure(self, model: Any) -> None:
-        """Everything that needs the model."""
+    def measure(self) -> None:
+        """Everything that needs the model, which is gone from memory afterwards."""
+        with self.opened.load() as model:
+            self._measure(model)
+
+    def _measure(self, model: Any) -> None:
         options = self.options
         passes = SteerPasses(
             model, self.specs, device=self.opened.device, batch_tokens=options.batch_tokens

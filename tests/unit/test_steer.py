@@ -408,6 +408,36 @@ def test_where_families_take_the_fold(data, family, tmp_path, model_type, layers
             assert layer["agreement"] > layer["agreement_without"]
 
 
+def test_routers_of_multi_token_prediction_are_left_alone(data, family, tmp_path):
+    model = shutil.copytree(family("deepseek_v3"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    extra = {
+        name.replace("layers.2.", "layers.3."): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.2.mlp.gate.")
+    }
+    save_file({**tensors, **extra}, model / "model.safetensors", {"format": "pt"})
+    run = moetools.steer(
+        model, target=str(data["target"]), generic=str(data["generic"]), layers="1:2",
+        max_tokens=1500, device="cpu", out=tmp_path / "out", force=True,
+    )  # fmt: skip
+    assert set(run.document["ignored_routers"]) == set(extra)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(after[name], extra[name]) for name in extra)
+    assert "left alone: 2 router tensors" in (
+        tmp_path / "out" / "moetools" / "edit-1" / "report.md"
+    ).read_text()  # fmt: skip
+
+
+def test_what_rounds_away_is_said(capsys, command, tmp_path):
+    code, shown, _ = moetools_cli(
+        capsys, *command("--strength", "1e-12", "--out", tmp_path / "out", "--force")
+    )
+    assert code == 0
+    assert "0 tensors changed" in shown
+    assert "rounded away: model.layers.0.mlp.gate.weight" in shown
+
+
 def test_constant_form_in_a_bias_is_its_hook_exactly(family):
     opened = open_model(str(family("gpt_oss")), device="cpu")
     spec = opened.routers[1]
