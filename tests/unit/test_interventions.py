@@ -29,6 +29,7 @@ from moetools.interventions import (
     write_intervention,
 )
 from moetools.opening import open_model
+from moetools.routing import ScoringRule
 from moetools.steering import (
     entered,
     flip_strength,
@@ -643,10 +644,23 @@ class TestTrace:
         made = fingerprinted(made, opened.checkpoint, opened.routers)
         write_intervention(tmp_path / "made.json", made)
         store = self.trace(
-            folder, parallel_texts, tmp_path / "steered", intervention=tmp_path / "made.json"
+            folder,
+            parallel_texts,
+            tmp_path / "steered",
+            intervention=tmp_path / "made.json",
+            keep=("logits",),
         )
-        assert all(router.rule is not None for router in store.routers)
         assert (column(store, f"experts.{name}") == 3).any(axis=1).all()
+        rule = ScoringRule.from_json(store.routers[0].rule)
+        bias = opened.checkpoint.tensor(opened.routers[0].correction_bias_key).clone()
+        bias[3] += 5
+        logits = torch.from_numpy(column(store, f"logits.{name}"))
+        best = rule.selection_scores(logits, bias).topk(3).values
+        margin = torch.from_numpy(column(store, f"margin.{name}")).float()
+        finite = best[:, 2].isfinite()
+        torch.testing.assert_close(
+            margin[finite], (best[:, 1] - best[:, 2])[finite], rtol=0.04, atol=1e-3
+        )
 
     @pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
     def test_a_model_larger_than_memory_is_steered(
