@@ -37,9 +37,9 @@ def disk_changes(
 ) -> dict[str, TensorChange]:
     """What a change of tensors in memory is on disk.
 
-    Every tensor is made once now, to find out what changes, and again when its parts are read;
-    one after the other, so that memory holds a few at a time. Tensors that are tied are one: the
-    change goes to every copy of it on disk, and two names of it are refused.
+    Every tensor is made once now, to find out what changes, and again when its parts are read: one
+    after the other, in up to four times the memory of the largest. Tensors that are tied are one:
+    the change goes to every copy of it on disk, and two names of it are refused.
 
     Args:
         checkpoint: What is edited.
@@ -71,6 +71,7 @@ class DiskNames:
             checkpoint.config(), trust_remote_code=checkpoint.trust_remote_code
         )
         self._state: dict[str, Tensor] = self.model.state_dict()
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
         found = find_sources(self.model, checkpoint.tensors)
         self.sources = {name: sources for name, sources in found.items() if name in self._state}
         self._first = {
@@ -152,9 +153,10 @@ class DiskNames:
         """All names of the model's tensor of that name."""
         if name not in self._state:
             raise ValueError(f"{type(self.model).__name__} has no tensor {name}")
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        own = parameters.get(name)
-        return [name] if own is None else [n for n, each in parameters.items() if each is own]
+        own = self._parameters.get(name)
+        if own is None:
+            return [name]
+        return [other for other, each in self._parameters.items() if each is own]
 
     def _stored(self, name: str, tied: Iterable[str]) -> list[str]:
         """The names of a tensor under which it lies on disk, in a form that can be changed."""
