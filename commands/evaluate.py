@@ -357,19 +357,23 @@ def _legend(run: "Evaluation") -> list[str]:
     lines = []
     if found["num_items"]:
         lines += [
-            "/token    choices by their log-likelihood per token; else by the sum",
-            "prior     what ignoring the question gets: the offered choice most often right where",
-            "          it is offered, in the other items; below chance where labels are balanced",
+            "/token   choices by their log-likelihood per token; else by its sum",
+            "prior    what ignoring the question gets: the offered choice most often right",
+            "         where offered, in the other items; below chance for balanced labels",
         ]
     if found["num_items"] or found["num_texts"]:
-        lines.append("95 %      bootstrap of items and texts, those of one id together")
-        lines.append("mde       smallest difference that a 5 % test finds four times in five: from")
-        lines.append("          a fixed number; between the models in the tables of differences")
+        lines += [
+            "95 %     bootstrap of items and texts, those of one id together",
+            "mde      smallest difference that a two-sided 5 % test finds four times in five:",
+            "         from a fixed number; between A and B in the tables of differences",
+        ]
     if run.comparison is not None and found["num_items"]:
-        lines.append(
-            "McNemar   exact p value, as if items were independent; where groups share ids"
-        )
-        lines.append("          trust the interval of pooled values instead")
+        lines += [
+            "McNemar  exact p value, as if items were independent; where groups share ids,",
+            "         go by the interval of pooled values instead",
+        ]
+    if run.comparison is not None and "verdict" in run.comparison:
+        lines.append("verdict  two one-sided tests, 5 % each, against the margin")
     return lines
 
 

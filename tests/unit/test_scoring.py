@@ -11,11 +11,13 @@ from moetools.errors import DataError
 from moetools.items import Item
 from moetools.scoring import (
     ScoredRow,
+    choice_logliks,
     choice_rows,
     item_scores,
     score_choices,
     text_nll,
 )
+from moetools.shared_context import score_shared
 
 ITEMS = [
     Item(question="The sky is", choices=(" blue", " green and very loud"), answer=0),
@@ -135,3 +137,97 @@ def test_rows_that_cannot_be_scored(tokenizer):
     item = Item(question="abcde", choices=("fghi", "x"), answer=0, where="q row 3")
     with pytest.raises(DataError, match=r"q row 3: 9 tokens .* the model has 8 positions"):
         choice_rows([item], tokenizer, limit=8)
+
+
+def varied_items(num_items=10):
+    """Questions and choices of many lengths; some choices are a single token."""
+    generator = np.random.default_rng(5)
+
+    def words(length):
+        return "".join(chr(97 + letter) for letter in generator.integers(0, 26, length))
+
+    return [
+        Item(
+            question=words(generator.integers(3, 50)),
+            choices=tuple(
+                " " * (number % 2) + words(generator.integers(1, 8))
+                for _ in range(generator.integers(2, 5))
+            ),
+            answer=0,
+        )
+        for number in range(num_items)
+    ]
+
+
+def logliks(model, tokenizer, items, **options):
+    rows = choice_rows(items, tokenizer)
+    return choice_logliks(model, rows, [len(item.choices) for item in items], **options)
+
+
+@pytest.mark.parametrize(
+    "family", ["olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "mimo_v2_flash"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_shared_context_scores_what_whole_rows_do(family, tokenizer):
+    """In batches of any size; some of these families have sliding windows or latent attention."""
+    model, items = tiny_model(family, vocab_size=258), varied_items()
+    whole = logliks(model, tokenizer, items, batch_tokens=1, share=False)
+    for batch_tokens in (1, 120, 10_000):
+        shared = logliks(model, tokenizer, items, batch_tokens=batch_tokens)
+        assert shared.shared
+        assert shared.reason is None
+        np.testing.assert_allclose(shared.values, whole.values, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2_moe", "jamba", "minimax", "zaya"])
+@pytest.mark.filterwarnings("ignore")
+def test_families_with_other_state_fall_back_to_whole_rows(family, tokenizer):
+    model, items = tiny_model(family, vocab_size=258), varied_items(4)
+    whole = logliks(model, tokenizer, items, batch_tokens=200, share=False)
+    shared = logliks(model, tokenizer, items, batch_tokens=200)
+    assert not shared.shared
+    assert "state as" in shared.reason
+    np.testing.assert_array_equal(shared.values, whole.values)
+
+
+def test_a_cache_that_lies_is_found_out(tokenizer):
+    """A model whose answer depends on how much goes through it at once."""
+    model, items = tiny_model("olmoe", vocab_size=258), varied_items(4)
+
+    def shift(module, args, kwargs, output):
+        if kwargs.get("past_key_values") is not None:
+            output.logits[..., 97] += 1.0
+
+    handle = model.register_forward_hook(shift, with_kwargs=True)
+    found = logliks(model, tokenizer, items, batch_tokens=200)
+    handle.remove()
+    assert not found.shared
+    assert "changes log-likelihoods by" in found.reason
+
+
+def test_contexts_go_through_the_model_once(model, tokenizer):
+    """Tokens that the model sees: each context and each choice but its last token, padding out."""
+    items = [Item(question="abcdefgh" * 4, choices=(" xy", " zw", " uv"), answer=0)] * 3
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    rows = choice_rows(items, tokenizer)
+    groups = [rows[0:3], rows[3:6], rows[6:9]]
+    score_shared(model, groups, batch_tokens=10_000)
+    handle.remove()
+    assert seen == [3 * 32, 9 * 2]
+
+
+def test_scores_that_depend_on_the_batch_are_measured(model, tokenizer):
+    """As with capacity limits, or ties in sparse attention."""
+    items = varied_items(12)
+    assert logliks(model, tokenizer, items, batch_tokens=400).by_batch < 1e-4
+
+    def crowded(module, args, output):
+        output.logits[..., 97] += 0.01 * len(output.logits)
+
+    handle = model.register_forward_hook(crowded)
+    found = logliks(model, tokenizer, items, batch_tokens=10_000)
+    handle.remove()
+    assert found.by_batch > 1e-3
