@@ -68,6 +68,7 @@ def output_folder(
     resume: bool = False,
     resumable: bool = False,
     marked: bool = True,
+    last: str | None = None,
     inputs: Sequence[Path] = (),
 ) -> Iterator[OutputFolder]:
     """Claim `out` for one writer and leave it whole, resumable or untouched.
@@ -85,6 +86,8 @@ def output_folder(
         resumable: Whether this kind of output can be continued.
         marked: Keep the mark of moetools in the complete folder; without it the folder holds only
             what was written into it, and is not replaced by a later run.
+        last: Name of a file without which nobody reads the folder. It is written with
+            `PART_SUFFIX` and gets its name at the very end; only where not resumable.
         inputs: Paths that the command reads; `out` may be none of them, nor contain one.
 
     Raises:
@@ -122,7 +125,10 @@ def output_folder(
         if not resumable:
             if out.exists():
                 _set_aside(out, aside)
+            if last is not None:
+                os.rename(fresh / f"{last}{PART_SUFFIX}", fresh / last)
             os.rename(fresh, out)
+            sync_folder(out)
             sync_folder(out.parent)
         if aside.exists():
             shutil.rmtree(aside)

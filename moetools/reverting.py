@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from moetools.checkpoint import Checkpoint
+from moetools.checkpoint import CONFIG, Checkpoint
 from moetools.edit_plan import TensorChange
 from moetools.errors import CheckpointError, EditError
 from moetools.files import check_output, output_folder
@@ -231,7 +231,12 @@ def revert(
     edit.check_originals(originals)
     job = _job(edit, originals, checkpoint, source, contents)
     with output_folder(
-        out, kind=KIND, overwrite=overwrite, marked=number > 1, inputs=[*inputs, *job.inputs]
+        out,
+        kind=KIND,
+        overwrite=overwrite,
+        marked=number > 1,
+        last=CONFIG,
+        inputs=[*inputs, *job.inputs],
     ) as folder:
         builder = FolderBuilder(job, folder.path)
         builder.check_space(more=0)

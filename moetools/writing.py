@@ -3,8 +3,8 @@
 A shard with a changed tensor is copied and only that tensor's bytes are replaced; header, order,
 dtypes and metadata stay. A tensor whose shape or dtype changes rewrites its shard alone. New
 tensors go to a shard of their own and into the index. Everything is built in a temporary sibling
-of the output; `config.json`, without which nothing loads, is written last, after what was planned
-has been read back and compared.
+of the output; `config.json`, without which nothing loads, gets its name last, after what was
+planned has been read back and compared.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from moetools import console
 from moetools.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from moetools.edit_plan import EditPlan, TensorChange
 from moetools.errors import CheckpointError, MachineError, OutputError
-from moetools.files import MARKER, check_output, output_folder, sync_folder
+from moetools.files import MARKER, PART_SUFFIX, check_output, output_folder, sync_folder
 from moetools.folder_contents import PROVENANCE_FOLDER, FolderContents, folder_contents
 from moetools.patches import PatchWriter
 from moetools.provenance import (
@@ -182,7 +182,11 @@ def write_checkpoint(
             patch = stack.enter_context(PatchWriter.open(plan, options.patch))
         folder = stack.enter_context(
             output_folder(
-                out, kind=KIND, overwrite=options.overwrite, inputs=[*inputs, *job.inputs]
+                out,
+                kind=KIND,
+                overwrite=options.overwrite,
+                last=CONFIG,
+                inputs=[*inputs, *job.inputs],
             )
         ).path
         builder = FolderBuilder(job, folder, link=options.link)
@@ -474,7 +478,7 @@ class FolderBuilder:
         self._path(name).write_bytes(content)
 
     def finish(self) -> None:
-        """Sync everything, read the changed tensors back, then write `config.json`.
+        """Sync everything, read the changed tensors back, then write what becomes `config.json`.
 
         Raises:
             MachineError: What was read back is not what was written.
@@ -486,7 +490,7 @@ class FolderBuilder:
         config = self.files.get(CONFIG)
         if config is None:
             config = self.job.contents.files[CONFIG].read_bytes()
-        with (self.folder / CONFIG).open("xb") as file:
+        with (self.folder / f"{CONFIG}{PART_SUFFIX}").open("xb") as file:
             file.write(config)
             file.flush()
             os.fsync(file.fileno())

@@ -52,7 +52,7 @@ def edits(draw):
     return shards, old, changes
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(edits(), st.booleans(), st.booleans())
 def test_only_the_plan_changes_and_it_can_be_undone_and_repeated(edit, link, by_base):
     shards, old, changes = edit

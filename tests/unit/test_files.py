@@ -62,6 +62,15 @@ def test_a_failure_leaves_the_old_output(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_the_last_file_gets_its_name_at_the_end_and_the_mark_can_go(tmp_path):
+    out = tmp_path / "out"
+    with output_folder(out, kind="report", marked=False, last="page") as folder:
+        (folder.path / "page.part").write_text("new")
+    assert os.listdir(out) == ["page"]
+    with pytest.raises(OutputError, match="was not written by moetools"):
+        check_output(out, kind="report", overwrite=True)
+
+
 def test_a_resumable_output_is_continued(tmp_path):
     out = tmp_path / "out"
     claim = {"kind": "trace", "resumable": True}
