@@ -178,6 +178,18 @@ class TestForwardPass:
         assert (found["01"].top_k_index == 3).any(dim=-1).all()
         assert not (found["02"].top_k_index == 7).any()
 
+    def test_noise_belongs_to_the_seed_and_the_router(self, tiny):
+        def noise(seed):
+            promote = {"00": (3,), "01": (3,)}
+            made = RouterIntervention(mode="hard", promote=promote, noise=0.5, seed=seed)
+            return [router.noise for router in tiny.steered(made)]
+
+        first, again, other = noise(1), noise(1), noise(2)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert not torch.equal(first[0], first[1])
+        assert not torch.equal(first[0], other[0])
+
     def test_it_generates(self, tiny):
         """Token by token with a cache as in one pass."""
         made = RouterIntervention(mode="soft", strength=1.0, promote={"01": (3,)})
