@@ -338,13 +338,20 @@ def fold_direction(inputs: Tensor, ridge: float) -> Tensor:
     """
     if not ridge > 0:
         raise ValueError(f"ridge {ridge}: expected a number above 0")
+    return _solved(*_normal_equations(inputs), ridge)
+
+
+def _normal_equations(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """[H, H] mean of x x^T and [H] mean of x, over inputs [T, H]."""
     x = inputs.double()
-    gram = x.T @ x / len(x)
+    return x.T @ x / len(x), x.mean(dim=0)
+
+
+def _solved(gram: Tensor, mean: Tensor, ridge: float) -> Tensor:
     scale = gram.diagonal().mean()
     if not scale > 0:
         raise ValueError("router inputs are all zero")
-    gram.diagonal().add_(ridge * scale)
-    direction: Tensor = torch.linalg.solve(gram, x.mean(dim=0))
+    direction: Tensor = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram)), mean)
     return direction
 
 
@@ -358,7 +365,8 @@ def pick_ridge(inputs: Tensor, *, seed: int, ridges: Sequence[float] = RIDGES) -
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(inputs)))
     held, used = inputs[order[: len(order) // 5]].double(), inputs[order[len(order) // 5 :]]
-    errors = [float((held @ fold_direction(used, each) - 1).square().mean()) for each in ridges]
+    normal = _normal_equations(used)
+    errors = [float((held @ _solved(*normal, each) - 1).square().mean()) for each in ridges]
     return ridges[int(np.argmin(errors))]
 
 
