@@ -351,7 +351,9 @@ def _solved(gram: Tensor, mean: Tensor, ridge: float) -> Tensor:
     scale = gram.diagonal().mean()
     if not scale > 0:
         raise ValueError("router inputs are all zero")
-    direction: Tensor = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram)), mean)
+    direction: Tensor = torch.linalg.solve(
+        gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype), mean
+    )
     return direction
 
 
