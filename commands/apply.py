@@ -28,8 +28,9 @@ def apply(
 ) -> None:
     """Write the checkpoint that an edit made, from MODEL and the edit's patch file.
 
-    The result is byte for byte what the edit wrote. A patch that was made for another checkpoint
-    is refused.
+    The result is byte for byte what the edit wrote.
+
+    A patch that was made for another checkpoint is refused.
 
     Example: moetools apply demo steered.patch --out steered/
     """
