@@ -53,3 +53,61 @@ def test_missing_columns_files_and_rows(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD) + "\n{")
     with pytest.raises(DataError, match=r"broken.jsonl row 2 is not valid JSON"):
         read_items(tmp_path / "broken.jsonl")
+
+
+ROWS = [
+    {**GOOD, "id": f"i{number}", "lang": lang, "split": ("dev", "test")[number % 2]}
+    for lang in ("en", "fr")
+    for number in range(6)
+]
+
+
+def test_groups_ids_and_other_columns(tmp_path):
+    path = write_rows(tmp_path / "items.jsonl", ROWS)
+    items = read_items(path, group_column="lang", where=["split=test"])
+    assert [(item.group, item.id) for item in items] == [
+        (lang, f"i{number}") for lang in ("en", "fr") for number in (1, 3, 5)
+    ]
+    assert items[0].columns == {"id": "i1", "lang": "en", "split": "test"}
+    either = read_items(path, group_column="lang", where=["split=test", "split=dev", "lang=fr"])
+    assert {item.group for item in either} == {"fr"}
+    assert len(either) == 6
+
+
+def test_ids_are_found_only_where_they_tell_items_apart(tmp_path):
+    path = write_rows(tmp_path / "items.jsonl", ROWS)
+    assert all(item.id is None for item in read_items(path))
+    with pytest.raises(DataError, match=r"id 'i0' occurs twice, first at .* row 1"):
+        read_items(path, id_column="id")
+    named = read_items(path, group_column="lang", id_column="split", max_items=6, where=["id=i1"])
+    assert [item.id for item in named] == ["test", "test"]
+
+
+def test_several_files_are_groups(tmp_path):
+    english = write_rows(tmp_path / "english.jsonl", [GOOD])
+    french = write_rows(tmp_path / "french.jsonl", [GOOD])
+    assert [item.group for item in read_items([english, french])] == ["english", "french"]
+    assert [item.group for item in read_items([f"en={english}", str(french)])] == ["en", "french"]
+    assert [item.group for item in read_items(f"en={english}")] == ["en"]
+    assert [item.group for item in read_items(english)] == [None]
+
+
+def test_max_items_takes_the_same_ids_of_every_group(tmp_path):
+    rows = [*ROWS[:6], *reversed(ROWS[6:]), {**GOOD, "id": "z", "lang": "it", "split": "dev"}]
+    path = write_rows(tmp_path / "items.jsonl", rows)
+    items = read_items(path, group_column="lang", max_items=2)
+    assert [(item.group, item.id) for item in items] == [
+        ("en", "i0"), ("en", "i1"), ("fr", "i1"), ("fr", "i0"), ("it", "z"),
+    ]  # fmt: skip
+
+
+def test_csv_and_parquet(tmp_path):
+    import pandas as pd
+
+    table = pd.DataFrame([GOOD, {**GOOD, "answer": 1}])
+    table.to_parquet(tmp_path / "items.parquet")
+    table["choices"] = table["choices"].map(json.dumps)
+    table.to_csv(tmp_path / "items.csv", index=False)
+    for name in ("items.parquet", "items.csv"):
+        items = read_items(tmp_path / name)
+        assert [(item.choices, item.answer) for item in items] == [(("a", "b"), 0), (("a", "b"), 1)]
