@@ -18,6 +18,8 @@ from moetools import console
 from moetools.errors import DataError, RequestError
 
 STANDARD_ERRORS = 1.959964
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics between 0 and 1."""
 
 
 def check_installed() -> None:
@@ -90,6 +92,7 @@ def metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{metric}_stderr,{filtered}")
+            low, high = (0.0, 1.0) if metric in SHARES else (-math.inf, math.inf)
             half = STANDARD_ERRORS * error if isinstance(error, float) else math.nan
             rows.append(
                 {
@@ -97,8 +100,8 @@ def metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "scope": "group",
                     "group": task,
                     "value": float(value),
-                    "low": float(value) - half,
-                    "high": float(value) + half,
+                    "low": max(float(value) - half, low),
+                    "high": min(float(value) + half, high),
                     "num_items": found.get("n-samples", {}).get(task, {}).get("effective"),
                 }
             )

@@ -14,7 +14,7 @@ ANALYSES = Path(moetools.analyses.__path__[0])
 COMMANDS = Path(moetools.commands.__path__[0])
 USES_TRANSFORMERS = {
     "architectures", "batching", "checkpoint", "disk_names", "hooks", "inspection", "loading",
-    "opening", "texts", "tracing",
+    "opening", "shared_context", "texts", "tracing",
 }  # fmt: skip
 
 
