@@ -43,8 +43,8 @@ def evaluate(
         typer.Option(
             metavar="[GROUP=]FILE",
             help="Items with question, choices and answer (an index): a jsonl, json, csv or "
-            "parquet file, a folder of them, a hub data set org/name[:config][@split], or 'demo'. "
-            "Repeatable.",
+            "parquet file, a folder of them, a hub data set org/name\\[:config]\\[@split], or "
+            "'demo'. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -62,7 +62,7 @@ def evaluate(
         typer.Option(
             metavar="TASK,...",
             help="Tasks of lm-evaluation-harness, by name or as YAML files. Needs "
-            "moetools[lm-eval].",
+            "moetools\\[lm-eval].",
             show_default=False,
         ),
     ] = None,

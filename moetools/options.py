@@ -8,7 +8,7 @@ import typer
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="Checkpoint folder, hub id org/name[@revision], or 'demo'."
+        metavar="MODEL", help="Checkpoint folder, hub id org/name\\[@revision], or 'demo'."
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
@@ -18,7 +18,7 @@ DataOption = Annotated[
         "--data",
         metavar="[GROUP=]DATA",
         help="jsonl, json, csv, parquet or txt file, a folder of them, a hub data set "
-        "org/name[:config][@split], or 'demo'. Repeatable.",
+        "org/name\\[:config]\\[@split], or 'demo'. Repeatable.",
         show_default=False,
     ),
 ]
@@ -65,7 +65,7 @@ ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue an interrupted run with the same options.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda[:n] or mps.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda\\[:n] or mps.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 TrustRemoteCodeOption = Annotated[
     bool,

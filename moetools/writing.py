@@ -21,6 +21,7 @@ from typing import Any
 
 from moetools import console
 from moetools.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
+from moetools.console import bytes_text
 from moetools.edit_plan import EditPlan, TensorChange
 from moetools.errors import CheckpointError, MachineError, OutputError
 from moetools.files import MARKER, PART_SUFFIX, check_output, output_folder, sync_folder
@@ -208,8 +209,8 @@ def write_checkpoint(
         notes = builder.notes
         if not keeps:
             notes.append(
-                f"The originals of the changed tensors ({_size(num_original_bytes)}) were not "
-                "kept: moetools revert needs --base with the input, unless you write again with "
+                f"The originals of the changed tensors ({bytes_text(num_original_bytes)}) were "
+                "not kept: moetools revert needs --base with the input, unless you write again with "
                 "--keep-originals."
             )
         if builder.linked:
@@ -242,8 +243,8 @@ def summary(written: WrittenCheckpoint) -> list[str]:
     files = f", {len(written.files)} small files" if written.files else ""
     lines = [
         f"{written.path}: {_count(len(written.changed), 'tensor')} changed{files}; "
-        f"{_size(written.num_bytes)} written in {written.write_seconds:.1f} s, changes read back "
-        f"and compared in {written.verify_seconds:.1f} s."
+        f"{bytes_text(written.num_bytes)} written in {written.write_seconds:.1f} s, changes read "
+        f"back and compared in {written.verify_seconds:.1f} s."
     ]
     if written.rounded_away:
         everything = "Nothing changed: " if not written.changed else ""
@@ -418,8 +419,8 @@ class FolderBuilder:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise MachineError(
-                f"Not enough space for the checkpoint in {self.folder.parent}: {_size(needed)} "
-                f"needed, {_size(free)} free. Free some space or name another --out."
+                f"Not enough space for the checkpoint in {self.folder.parent}: "
+                f"{bytes_text(needed)} needed, {bytes_text(free)} free. Free some space or name another --out."
             )
 
     @contextmanager
@@ -793,10 +794,3 @@ def _count(number: int, noun: str) -> str:
 def _some(names: Sequence[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _size(num_bytes: int) -> str:
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes} bytes"
