@@ -210,8 +210,8 @@ def write_checkpoint(
         if not keeps:
             notes.append(
                 f"The originals of the changed tensors ({bytes_text(num_original_bytes)}) were "
-                "not kept: moetools revert needs --base with the input, unless you write again with "
-                "--keep-originals."
+                "not kept: moetools revert needs --base with the input, unless you write again "
+                "with --keep-originals."
             )
         if builder.linked:
             notes.append(
@@ -420,7 +420,8 @@ class FolderBuilder:
         if needed > free:
             raise MachineError(
                 f"Not enough space for the checkpoint in {self.folder.parent}: "
-                f"{bytes_text(needed)} needed, {bytes_text(free)} free. Free some space or name another --out."
+                f"{bytes_text(needed)} needed, {bytes_text(free)} free. Free some space "
+                "or name another --out."
             )
 
     @contextmanager
