@@ -152,11 +152,12 @@ def evaluate(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure accuracy on multiple-choice items and the loss on texts, with intervals.
+    """Measure accuracy on items and the loss on texts, with intervals.
 
-    Beside every accuracy stand chance; the label prior, which is what ignoring the question
-    gets: the offered choice most often right where it is offered, in the other items; and the
-    smallest difference that a two-sided 5 % test finds four times in five.
+    Beside every accuracy stand chance; the label prior: what ignoring the
+    question gets, by the offered choice most often right where it is offered,
+    in the other items; and the smallest difference that a two-sided 5 % test
+    finds four times in five.
 
     Example: moetools evaluate demo --tasks demo --data demo
     """
