@@ -95,7 +95,7 @@ def _identification(document: Document) -> Section:
             )
         )
     if document["deactivate"]:
-        what = "Demoted: the target selects them less than generic text, delta below -"
+        what = "Demoted: the target selects them less than generic text, delta below minus "
         extreme = "smallest delta"
     else:
         what = "Promoted: the target selects them more than generic text, delta above "
@@ -254,6 +254,7 @@ def _items(document: Document, compared: Mapping[str, Any]) -> Section:
     return Section(
         title=f"Held-out items: {first} and {second}",
         lines=(
+            f"{document['tasks']['num_test_items']:,} items that nothing was chosen by: "
             f"{document['tasks']['how']}",
             f"{compared['differing_items']} of {compared['num_items']:,} items answered "
             f"differently; |difference in log-likelihood| of a choice: median "
