@@ -70,8 +70,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Compare with this model, on the same batches. The difference is this one minus "
-            "the first.",
+            help="Compare with this model, on the same batches. Differences are what MODEL has "
+            "more.",
             show_default=False,
         ),
     ] = None,
@@ -234,7 +234,7 @@ def render(run: "Evaluation", out: Path | None) -> "list[RenderableType]":
 
 def _titles(found: dict[str, Any]) -> str:
     names = [f"[bold]{_arm_title(found, arm)}[/bold]" for arm in found["arms"]]
-    what = names[0] if len(names) == 1 else f"{names[0]} (A) against {names[1]} (B)"
+    what = names[0] if len(names) == 1 else " against ".join(names)
     return f"{what} on {found['device']} in {found['dtype']}"
 
 
@@ -337,7 +337,7 @@ def _differences(results: "pd.DataFrame") -> "Table":
     verdict = ("verdict",) if tested else ()
     digits, scale = (1, 100) if items else (4, 1)
     counts = ("won", "lost", "McNemar") if items else ()
-    table = _table("group", "A", "B", "B - A", "95 %", *counts, "mde", *verdict)
+    table = _table("group", "against", "model", "change", "95 %", *counts, "mde", *verdict)
     for row in results.to_dict("records"):
         changed = [_count(row["gained"]), _count(row["lost"]), _p_value(row["mcnemar_p"])]
         table.add_row(
@@ -366,7 +366,7 @@ def _legend(run: "Evaluation") -> list[str]:
         lines += [
             "95 %     bootstrap of items and texts, those of one id together",
             "mde      smallest difference that a two-sided 5 % test finds four times in five:",
-            "         from a fixed number; between A and B in the tables of differences",
+            "         from a fixed number; between the models in the tables of differences",
         ]
     if run.comparison is not None and found["num_items"]:
         lines += [

@@ -135,8 +135,9 @@ class Evaluation:
         summary: What was evaluated on what, as plain values; notes, ties and flips by rounding.
         results: One row per arm, metric and scope: `arm` (`model` or `against`), `source` (`tasks`,
             `data` or `lm-eval`) and the columns of `accuracy_table` and `nll_table`.
-        comparison: One row per metric and scope, of `compare_items` and `compare_nll`; None
-            without a second arm.
+        comparison: One row per metric and scope, of `compare_items` and `compare_nll`, where A is
+            `against` and B is the model: differences are what the model has more. None without a
+            second arm.
         items: One row per arm, item and choice; None without tasks.
         texts: One row per arm and text; None without data.
     """
@@ -565,7 +566,7 @@ def _finish(
             results.append(_labelled(table, arm, "tasks"))
         if len(arms) > 1:
             paired = compare_items(
-                scores[0], scores[1], work.items, seed=options.seed, margin=options.margin
+                scores[1], scores[0], work.items, seed=options.seed, margin=options.margin
             )
             comparison.append(paired.table)
         items = pd.concat(
@@ -583,7 +584,7 @@ def _finish(
         if len(arms) > 1:
             nlls = [nll for nll, _ in losses]
             comparison.append(
-                compare_nll(sample, nlls[0], nlls[1], losses[0][1], margin=options.nll_margin)
+                compare_nll(sample, nlls[1], nlls[0], losses[0][1], margin=options.nll_margin)
             )
         texts = pd.concat(
             _text_rows(arm, used, kept, nll, counts)

@@ -81,7 +81,7 @@ def test_comparison_is_second_minus_first(both):
         group = row["group"]
         if isinstance(group, str):
             here = values.loc[(row["metric"], row["scope"], group)]
-            assert row["difference"] == pytest.approx(here["against"] - here["model"])
+            assert row["difference"] == pytest.approx(here["model"] - here["against"])
         assert row["low"] <= row["difference"] <= row["high"]
     assert set(both.comparison["metric"]) == {"accuracy", "accuracy_per_token", "nll"}
     assert both.comparison["verdict"].notna().all()
