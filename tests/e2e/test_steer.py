@@ -58,5 +58,7 @@ def test_the_embedded_checkpoint(items, tmp_path):
     assert len(table) == 12
     assert {"prediction.base", "prediction.hook", "prediction.folded"} < set(table.columns)
     found = moetools.diff("demo", out)
-    assert {each.key for each in found.tensors.differences} == {each["key"] for each in report["fold"]}
+    assert {each.key for each in found.tensors.differences} == {
+        each["key"] for each in report["fold"]
+    }
     assert json.loads(hook.read_text())["mode"] == "soft"
