@@ -19,6 +19,7 @@ from torch import Tensor
 from moetools import console
 from moetools.checkpoint import Checkpoint, TensorInfo
 from moetools.errors import CheckpointError
+from moetools.files import MARKER
 from moetools.safetensors_format import DTYPE_BITS, TORCH_DTYPES
 
 LOCAL_WINDOW = 4 * 1024 * 1024
@@ -80,15 +81,15 @@ class TensorDifference:
 
     @property
     def changed_elements(self) -> float | None:
-        """Share of the elements that differ."""
-        if self.num_changed_elements is None or self.a is None:
+        """Share of the elements that differ; None where there are no elements."""
+        if self.num_changed_elements is None or self.a is None or not self.a.num_elements:
             return None
         return self.num_changed_elements / self.a.num_elements
 
     @property
     def changed_bytes(self) -> float | None:
-        """Share of the bytes that differ."""
-        if self.num_changed_bytes is None or self.a is None:
+        """Share of the bytes that differ; None where there are no bytes."""
+        if self.num_changed_bytes is None or self.a is None or not self.a.num_bytes:
             return None
         return self.num_changed_bytes / self.a.num_bytes
 
@@ -166,13 +167,16 @@ def diff_tensors(a: Checkpoint, b: Checkpoint) -> TensorDiff:
 
 
 def diff_files(a: Checkpoint, b: Checkpoint) -> tuple[FileDifference, ...] | None:
-    """Small files of two checkpoints that differ; None where one side cannot be listed."""
+    """Small files of two checkpoints that differ; None where one side cannot be listed.
+
+    The mark that moetools leaves in its outputs is not one of them.
+    """
     names = [each.file_names() for each in (a, b)]
     if names[0] is None or names[1] is None:
         return None
     own, others = ({n for n in of_one or () if n.endswith(SMALL_FILES)} for of_one in names)
     found = []
-    for name in sorted(own | others):
+    for name in sorted((own | others) - {MARKER}):
         if name not in others:
             found.append(FileDifference(name=name, kind="removed"))
         elif name not in own:

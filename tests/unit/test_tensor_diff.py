@@ -87,10 +87,26 @@ def test_bytes_of_a_dtype_that_torch_does_not_have(tmp_path):
     assert each.num_changed_elements is each.change is None
 
 
+def test_tensors_without_elements_of_another_dtype(capsys, tmp_path, tiny_checkpoint, copied):
+    def empty(dtype):
+        return lambda tensors: tensors.update(empty=torch.zeros(0, 3, dtype=dtype))
+
+    a, b = copied("a", empty(torch.float32)), copied("b", empty(torch.bfloat16))
+    (each,) = compared(a, b).differences
+    assert (each.key, each.num_changed_elements, each.changed_elements) == ("empty", 0, None)
+    assert each.changed_bytes is None
+    code, shown, _ = moetools(capsys, a, b)
+    assert (code, "empty" in shown) == (0, True)
+    code, shown, _ = moetools(capsys, a, b, "--json")
+    (each,) = json.loads(shown)["tensors"]["differences"]
+    assert (each["num_changed_elements"], each["changed_elements"]) == (0, None)
+
+
 def test_small_files(tiny_checkpoint, copied):
     other = copied("b")
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     (other / "moetools.json").write_text("{}")
+    (other / ".moetools.json").write_text('{"kind": "checkpoint", "complete": true}')
     (other / "tokenizer.json").unlink()
     found = compared(tiny_checkpoint, other)
     assert not found.differs
