@@ -14,6 +14,8 @@ from moetools.errors import OutputError
 
 MARKER = ".moetools.json"
 PART_SUFFIX = ".part"
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""Nothing can be made in a folder, or it is no folder."""
 
 
 @contextmanager
@@ -76,7 +78,8 @@ def output_folder(
     A resumable output is written in place and marked complete at the end. Any other output is
     written to a temporary sibling that takes the place of `out` at the end. A folder that is
     replaced is set aside until the new one is complete, and put back if a run that failed or was
-    killed left nothing in its place.
+    killed left nothing in its place. A folder that is deleted gets another name first, so that
+    none comes back in part; what a killed run left of it goes with the next run.
 
     Args:
         out: The folder that the user named.
@@ -97,15 +100,18 @@ def output_folder(
     out = Path(os.path.abspath(out))
     _refuse_dangerous(out, inputs)
     aside = out.with_name(f".{out.name}.moetools-old")
+    doomed = out.with_name(f".{out.name}.moetools-delete")
     fresh = out if resumable else out.with_name(f".{out.name}.moetools-new")
-    with _locked(out):
+    with locked(out):
+        if doomed.exists():
+            shutil.rmtree(doomed)
         if aside.exists() and not out.exists():
             os.rename(aside, out)
         if not resumable and fresh.exists():
             shutil.rmtree(fresh)
         resumed = _may_use(out, kind=kind, overwrite=overwrite, resume=resume, resumable=resumable)
         if resumable and not resumed and out.exists() and any(out.iterdir()):
-            _set_aside(out, aside)
+            _set_aside(out, aside, doomed)
         fresh.mkdir(exist_ok=True)
         if not resumed:
             write_json(fresh / MARKER, {"kind": kind, "complete": False})
@@ -124,14 +130,14 @@ def output_folder(
             sync_folder(fresh)
         if not resumable:
             if out.exists():
-                _set_aside(out, aside)
+                _set_aside(out, aside, doomed)
             if last is not None:
                 os.rename(fresh / f"{last}{PART_SUFFIX}", fresh / last)
             os.rename(fresh, out)
             sync_folder(out)
             sync_folder(out.parent)
         if aside.exists():
-            shutil.rmtree(aside)
+            _delete(aside, doomed)
 
 
 def check_output(
@@ -200,31 +206,47 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker if isinstance(marker, dict) and "kind" in marker else None
 
 
-def _set_aside(out: Path, aside: Path) -> None:
+def _set_aside(out: Path, aside: Path, doomed: Path) -> None:
     """Rename a folder away; an incomplete one never replaces a complete one already set aside."""
     if aside.exists():
         marker = read_marker(out)
         if marker is None or not marker.get("complete"):
-            shutil.rmtree(out)
+            _delete(out, doomed)
             return
-        shutil.rmtree(aside)
+        _delete(aside, doomed)
     os.rename(out, aside)
     sync_folder(out.parent)
 
 
+def _delete(folder: Path, doomed: Path) -> None:
+    """Delete a folder under another name: under its own it is whole or not there."""
+    os.rename(folder, doomed)
+    sync_folder(folder.parent)
+    shutil.rmtree(doomed)
+
+
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold an exclusive lock beside `out`; the system drops it when the process dies."""
-    lock = out.with_name(f".{out.name}.moetools-lock")
+def locked(path: Path, option: str = "--out", what: str = "folder") -> Iterator[None]:
+    """Hold an exclusive lock beside an output; the system drops it when the process dies.
+
+    Args:
+        path: The file or folder that is written.
+        option: That names it, for messages.
+        what: `file` or `folder`, for messages.
+
+    Raises:
+        OutputError: Another process holds the lock, or nothing can be written there.
+    """
+    lock = path.with_name(f".{path.name}.moetools-lock")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in NOT_WRITABLE:
             raise
         raise OutputError(
-            f"--out {out} cannot be written ({error.strerror}: {error.filename}). Name a folder "
-            "elsewhere."
+            f"{option} {path} cannot be written ({error.strerror}: {error.filename}). Name a "
+            f"{what} elsewhere."
         ) from error
     try:
         try:
@@ -235,8 +257,8 @@ def _locked(out: Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
                 raise
             raise OutputError(
-                f"--out {out} is being written by another moetools process. Wait for it or name "
-                "another folder."
+                f"{option} {path} is being written by another moetools process. Wait for it or "
+                f"name another {what}."
             ) from None
         try:
             yield

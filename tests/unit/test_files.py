@@ -1,5 +1,7 @@
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -110,6 +112,71 @@ def test_a_killed_replacement_is_undone(tmp_path):
     assert contents(out) == {"page": "old"}
 
 
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from moetools.files import output_folder
+
+def delete(folder):
+    next(Path(folder).glob(sys.argv[2])).unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+shutil.rmtree = delete
+with output_folder(
+    Path(sys.argv[1]), kind="report", overwrite=True, resumable=sys.argv[3] == "resumable"
+) as folder:
+    (folder.path / "page").write_text("new")
+"""
+
+
+def killed_while_it_deletes(out, name, *, resumable=False):
+    """A run with --overwrite that is killed when it has deleted one file of a folder."""
+    how = "resumable" if resumable else "at once"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), name, how])
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_replaced_output_never_comes_back(tmp_path, resumable):
+    out = tmp_path / "out"
+    write(out, "old", resumable=resumable)
+    killed_while_it_deletes(out, "page", resumable=resumable)
+    assert contents(out) == {"page": "new"}
+    shutil.rmtree(out)
+    write(out, "newer", resumable=resumable)
+    assert contents(out) == {"page": "newer"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_stale_output_that_was_set_aside_never_comes_back(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    shutil.copytree(out, tmp_path / ".out.moetools-old")
+    killed_while_it_deletes(out, "page")
+    assert contents(out) == {"page": "old"}
+    shutil.rmtree(out)
+    write(out, "newer")
+    assert contents(out) == {"page": "newer"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_kill_between_two_replacements_keeps_the_complete_output(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old", resumable=True)
+    os.rename(out, tmp_path / ".out.moetools-old")
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "half", kind="report", resumable=True)
+    os.rename(tmp_path / "half", out)
+    killed_while_it_deletes(out, MARKER, resumable=True)
+    with pytest.raises(OutputError, match="exists"):
+        write(out, resumable=True)
+    assert contents(out) == {"page": "old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_only_outputs_of_the_same_kind_are_replaced(tmp_path):
     write(tmp_path / "report")
     with pytest.raises(OutputError, match="holds a report"):
@@ -121,6 +188,8 @@ def test_only_outputs_of_the_same_kind_are_replaced(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
         write(tmp_path / "file", overwrite=True)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write(tmp_path / "file" / "out")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty")
     assert contents(tmp_path / "empty") == {"page": "new"}
