@@ -15,7 +15,7 @@ from typing import Any, Self
 from moetools.checkpoint import Checkpoint
 from moetools.edit_plan import EditPlan, TensorChange
 from moetools.errors import EditError, MoEToolsError, OutputError
-from moetools.files import atomic_file
+from moetools.files import atomic_file, locked
 from moetools.provenance import plain_record, record_of, sha256
 from moetools.safetensors_format import TensorInfo, TensorLayout, aligned, parse_header
 from moetools.shards import TensorFile, file_header, hash_range, read_range, tensor_layout
@@ -193,15 +193,20 @@ class PatchWriter:
 
     @classmethod
     @contextmanager
-    def open(cls, plan: EditPlan, path: Path) -> Iterator[Self]:
+    def open(cls, plan: EditPlan, path: Path, *, overwrite: bool = False) -> Iterator[Self]:
         """A patch that takes its place when every tensor was added.
 
         Args:
             plan: The edit.
             path: The patch file.
+            overwrite: Replace an existing file.
+
+        Raises:
+            OutputError: The file exists and was not to be replaced, cannot be written, or is
+                being written by another process.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as part:
+        with locked(path, "--patch", "file"), atomic_file(path) as part:
+            check_replaceable(path, overwrite=overwrite)
             writer = cls(plan, path, part)
             with writer._file:
                 yield writer
@@ -217,6 +222,16 @@ class PatchWriter:
         return {"moetools": text, "sha256": sha256(text.encode())}
 
 
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuse a patch file that is there already.
+
+    Raises:
+        OutputError: It exists and was not to be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"--patch {path} exists. Name a new file, or add --overwrite.")
+
+
 def _file_hash(path: Path | None) -> str | None:
     return None if path is None else sha256(path.read_bytes())
 
@@ -225,12 +240,11 @@ def write_patch(plan: EditPlan, path: Path, *, overwrite: bool = False) -> None:
     """Write an edit as a patch file, without writing the checkpoint.
 
     Raises:
-        OutputError: The file exists and was not to be replaced.
+        OutputError: The file exists and was not to be replaced, cannot be written, or is being
+            written by another process.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"--patch {path} exists. Name a new file, or add --overwrite.")
     tensors = plan.checkpoint.tensors
-    with PatchWriter.open(plan, path) as writer:
+    with PatchWriter.open(plan, path, overwrite=overwrite) as writer:
         for key, change in plan.changes.items():
             content = memoryview(change.read()).cast("B")
             before = plan.checkpoint.fingerprint([key])[key] if key in tensors else None

@@ -5,8 +5,8 @@
     moetools/edit-1/           files that edit 1 keeps with it
 
 An entry holds the edit's record; for every changed tensor the sha256 of its bytes before and after,
-and dtype and shape where they changed; changed small files; files that were left out; and what
-`revert` needs. Nothing in it depends on when or where it was written.
+and dtype and shape where they changed; changed small files; files that were left out; what
+`revert` needs; and the sha256 of all that. Nothing in it depends on when or where it was written.
 """
 
 import hashlib
@@ -49,28 +49,43 @@ def read_edits(folder: Path, name: str) -> list[dict[str, Any]]:
         return []
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        found, edits = document["format"], list(document["edits"])
-        reason = "" if all(isinstance(edit, dict) for edit in edits) else "an edit is no object"
+        if document["format"] != FORMAT:
+            raise CheckpointError(
+                f"{name}/{PROVENANCE} has format {document['format']!r}, expected {FORMAT}: it was "
+                "written by another version of moetools. Use that version."
+            )
+        return [_checked(edit, number) for number, edit in enumerate(document["edits"], 1)]
     except (ValueError, KeyError, TypeError) as error:
-        reason = str(error)
-    if reason:
         raise CheckpointError(
-            f"{name}/{PROVENANCE} is damaged ({reason}). Restore it, or remove it together with "
+            f"{name}/{PROVENANCE} is damaged ({error}). Restore it, or remove it together with "
             f"{PROVENANCE_FOLDER}/ to give up what it says about earlier edits."
-        )
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{name}/{PROVENANCE} has format {found!r}, expected {FORMAT}: it was written by "
-            "another version of moetools. Use that version."
-        )
-    return edits
+        ) from error
 
 
 def encode_edits(edits: list[dict[str, Any]]) -> bytes:
     """The contents of `moetools.json`."""
-    document = {"format": FORMAT, "edits": edits}
+    document = {
+        "format": FORMAT,
+        "edits": [{**edit, "sha256": _entry_sha256(edit)} for edit in edits],
+    }
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     return f"{text}\n".encode()
+
+
+def _checked(edit: dict[str, Any], number: int) -> dict[str, Any]:
+    """An entry as it was before it got its sha256.
+
+    Raises:
+        ValueError: It is not what was written.
+    """
+    entry = dict(edit)
+    if entry.pop("sha256", None) != _entry_sha256(entry):
+        raise ValueError(f"edit {number} is not what was written")
+    return entry
+
+
+def _entry_sha256(entry: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(entry, allow_nan=False, sort_keys=True).encode())
 
 
 def plain_record(record: EditRecord) -> dict[str, Any]:

@@ -220,12 +220,7 @@ def revert(
     check_output(out, kind=KIND, overwrite=overwrite, inputs=inputs)
     contents = folder_contents(source, shards=checkpoint.shard_sizes, carry_all=True)
     number = len(edits)
-    try:
-        edit = Edit(edits[-1], number)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise EditError(
-            f"{model}/{PROVENANCE} is damaged: edit {number} is incomplete ({error}). Restore it."
-        ) from error
+    edit = Edit(edits[-1], number)
     edit.check_result(checkpoint, contents)
     originals = _originals(edit, checkpoint, source, base)
     edit.check_originals(originals)

@@ -26,7 +26,7 @@ from moetools.edit_plan import EditPlan, TensorChange
 from moetools.errors import CheckpointError, MachineError, OutputError
 from moetools.files import MARKER, PART_SUFFIX, check_output, output_folder, sync_folder
 from moetools.folder_contents import PROVENANCE_FOLDER, FolderContents, folder_contents
-from moetools.patches import PatchWriter
+from moetools.patches import PatchWriter, check_replaceable
 from moetools.provenance import (
     PROVENANCE,
     attachments_folder,
@@ -180,7 +180,9 @@ def write_checkpoint(
     with ExitStack() as stack:
         patch = None
         if options.patch is not None:
-            patch = stack.enter_context(PatchWriter.open(plan, options.patch))
+            patch = stack.enter_context(
+                PatchWriter.open(plan, options.patch, overwrite=options.overwrite)
+            )
         folder = stack.enter_context(
             output_folder(
                 out,
@@ -580,17 +582,25 @@ class FolderBuilder:
             key: shard.name for shard in self._shards for key in shard.changed if key not in tensors
         }
         replaced = [tensors[key] for key in self._sizes if key in tensors]
-        grown = sum(self._sizes.values()) - sum(info.num_bytes for info in replaced)
-        if path is None or INDEX in self.files or not (added or grown):
+        grown = {
+            "total_size": sum(self._sizes.values()) - sum(info.num_bytes for info in replaced),
+            "total_parameters": sum(math.prod(self.job.changes[key].shape) for key in self._sizes)
+            - sum(info.num_elements for info in replaced),
+        }
+        if path is None or INDEX in self.files or not (added or any(grown.values())):
             return
         index = json.loads(path.read_text(encoding="utf-8"))
-        index["weight_map"] |= added
-        elements = sum(math.prod(self.job.changes[key].shape) for key in self._sizes)
-        elements -= sum(info.num_elements for info in replaced)
         metadata = index.get("metadata")
-        for name, more in (("total_size", grown), ("total_parameters", elements)):
-            if isinstance(metadata, dict) and isinstance(metadata.get(name), int):
-                metadata[name] += more
+        counts = {
+            name: metadata[name] + more
+            for name, more in grown.items()
+            if more and isinstance(metadata, dict) and isinstance(metadata.get(name), int)
+        }
+        if not (added or counts):
+            return
+        index["weight_map"] |= added
+        if counts:
+            metadata |= counts
         self.files[INDEX] = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
     def _write_shard(self, shard: Shard, meter: console.Meter) -> None:
@@ -752,13 +762,14 @@ def _check_patch_path(options: WriteOptions, out: Path, inputs: Sequence[Path]) 
     if patch.is_dir():
         raise OutputError(f"--patch {patch} is a folder. Name a file.")
     for folder, what in ((out, "--out"), *((path, "the input") for path in inputs)):
+        if folder.resolve() == real:
+            raise OutputError(f"--patch {patch} is {what}. Name another file.")
         if folder.resolve() in real.parents:
             raise OutputError(
                 f"--patch {patch} lies inside {what} {folder}, where serving engines may load it. "
                 "Name a file elsewhere."
             )
-    if patch.exists() and not options.overwrite:
-        raise OutputError(f"--patch {patch} exists. Name a new file, or add --overwrite.")
+    check_replaceable(patch, overwrite=options.overwrite)
 
 
 def _free_name(taken: set[str]) -> str:

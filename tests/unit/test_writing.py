@@ -10,10 +10,13 @@ from raw_checkpoints import CONFIG, INDEX, raw, read_raw, read_shard, tree, writ
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import moetools
 from moetools import writing
 from moetools.checkpoint import Checkpoint
 from moetools.edit_plan import EditPlan, EditRecord, TensorChange
 from moetools.errors import CheckpointError, MachineError, OutputError
+from moetools.patches import write_patch
+from moetools.provenance import PROVENANCE, read_edits
 from moetools.writing import WriteOptions, summary, write_checkpoint
 
 GATE = "model.layers.{}.mlp.gate.weight"
@@ -181,6 +184,24 @@ def test_another_dtype_never_leaves_a_tensor_where_it_cannot_be_read(tmp_path):
     assert list(after) == ["model.experts.b", "model.experts.c", "model.experts.a"]
     loaded = load_file(tmp_path / "out" / SINGLE)
     assert loaded["model.experts.a"].dtype == torch.float8_e4m3fn
+
+
+def test_the_index_counts_elements(tmp_path, sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["metadata"]["total_parameters"] = 1000
+    (sharded / INDEX).write_text(json.dumps(index))
+    write(sharded, {"model.layers.0.mlp.gate.bias": raw("BF16", (8,), 16, 20)}, tmp_path / "out")
+    expected = {**index, "metadata": {**index["metadata"], "total_parameters": 1004}}
+    assert json.loads((tmp_path / "out" / INDEX).read_text()) == expected
+    moetools.revert(tmp_path / "out", out=tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(sharded)
+
+
+def test_an_index_without_counts_stays_as_it_is(tmp_path, sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    (sharded / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    write(sharded, {"model.layers.0.mlp.gate.bias": raw("F32", (8,), 32, 20)}, tmp_path / "out")
+    assert (tmp_path / "out" / INDEX).read_bytes() == (sharded / INDEX).read_bytes()
 
 
 def test_new_tensors_go_to_a_shard_of_their_own(tmp_path, sharded):
@@ -445,15 +466,58 @@ def test_where_a_patch_may_not_lie(tmp_path, sharded):
         (out / "patch", "lies inside --out"),
         (sharded / "patch", "lies inside the input"),
         (tmp_path, "is a folder"),
+        (out, "is --out"),
+        (sharded / "config.json", "lies inside the input"),
+        (tmp_path / "data", "is the input"),
     ):
         with pytest.raises(OutputError, match=message):
-            write(sharded, {}, out, WriteOptions(patch=patch))
+            write_checkpoint(
+                plan(sharded, {}),
+                out,
+                options=WriteOptions(patch=patch, overwrite=True),
+                inputs=[tmp_path / "data"],
+            )
     (tmp_path / "patch").write_text("mine")
     with pytest.raises(OutputError, match=r"exists\. Name a new file"):
         write(sharded, {}, out, WriteOptions(patch=tmp_path / "patch"))
     assert (tmp_path / "patch").read_text() == "mine"
     assert not out.exists()
     write(sharded, {}, out, WriteOptions(patch=tmp_path / "patch", overwrite=True))
+
+
+def test_a_patch_has_one_writer(tmp_path, sharded):
+    key, patch = GATE.format(0), tmp_path / "patch"
+    first, second = (raw("BF16", (4, 8), 64, seed) for seed in (50, 51))
+    options = WriteOptions(patch=patch, overwrite=True)
+
+    def write_another_meanwhile():
+        with pytest.raises(OutputError, match=r"--patch .* is being written by another"):
+            write(sharded, {key: second}, tmp_path / "second", options)
+        with pytest.raises(OutputError, match=r"--patch .* is being written by another"):
+            write_patch(plan(sharded, {key: second}), patch, overwrite=True)
+        return first[2]
+
+    slow = TensorChange(dtype="BF16", shape=(4, 8), read=write_another_meanwhile)
+    edit = EditPlan(checkpoint=Checkpoint.open(str(sharded)), changes={key: slow}, record=record())
+    write_checkpoint(edit, tmp_path / "first", options=options)
+    assert sorted(os.listdir(tmp_path)) == ["first", "patch", "sharded"]
+    moetools.apply(sharded, patch, out=tmp_path / "applied")
+    assert read_raw(tmp_path / "applied")[key] == first
+
+
+def test_a_patch_that_appeared_meanwhile_is_not_replaced(tmp_path, sharded, monkeypatch):
+    patch = tmp_path / "patch"
+    local_path = Checkpoint.whole_path
+
+    def appear(self, **options):
+        patch.write_text("mine")
+        return local_path(self, **options)
+
+    monkeypatch.setattr(Checkpoint, "whole_path", appear)
+    with pytest.raises(OutputError, match=r"exists\. Name a new file"):
+        write(sharded, {}, tmp_path / "out", WriteOptions(patch=patch))
+    assert patch.read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["patch", "sharded"]
 
 
 def test_a_failure_leaves_nothing(tmp_path, sharded):
@@ -516,3 +580,37 @@ def test_damaged_provenance_is_refused(tmp_path, sharded):
     (sharded / "moetools/undo-1.bin").write_text("x")
     with pytest.raises(CheckpointError, match="names no edit 1"):
         write(sharded, {}, tmp_path / "out")
+
+
+def test_a_flipped_bit_of_the_provenance_is_found_wherever_it_is(tmp_path, sharded):
+    new = {GATE.format(1): raw("F16", (2, 8), 32, 20), "model.new": raw("F32", (4,), 16, 21)}
+    files = {"README.md": b"x", "new/extra.json": b"{}"}
+    write(sharded, new, tmp_path / "one", files=files, attachments={"report.json": b"{}"})
+    write(tmp_path / "one", {}, tmp_path / "two")
+    path = tmp_path / "two" / PROVENANCE
+    content = path.read_bytes()
+    assert len(read_edits(tmp_path / "two", "model")) == 2
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"\Amodel/moetools\.json [^\n]+\Z"):
+            read_edits(tmp_path / "two", "model")
+
+
+def test_an_edit_that_was_changed_by_hand_is_refused(tmp_path, sharded):
+    write(sharded, {}, tmp_path / "out", files={"new/extra.json": b"{}"})
+    path = tmp_path / "out" / PROVENANCE
+    document = json.loads(path.read_text())
+    assert document["edits"][0]["new_folders"] == ["moetools", "new"]
+    document["edits"][0]["new_folders"] = ["new"]
+    path.write_text(json.dumps(document))
+    for call in (
+        lambda: moetools.revert(tmp_path / "out", out=tmp_path / "x"),
+        lambda: write(tmp_path / "out", {}, tmp_path / "x"),
+    ):
+        with pytest.raises(
+            CheckpointError, match=r"moetools\.json is damaged \(edit 1 is not what"
+        ):
+            call()
+    assert sorted(os.listdir(tmp_path)) == ["out", "sharded"]
