@@ -209,6 +209,7 @@ def render(run: "Evaluation", out: Path | None) -> "list[RenderableType]":
             f"  texts      {found['num_predicted']:,} predicted tokens of "
             f"{found['num_texts']:,} texts"
         )
+    shown += [f"  routing    {line}" for line in _routing_ties(found)]
     shown += [f"  rounding   {line}" for line in _flips(found)]
     shown += [f"  note       {note}" for note in found["notes"]]
     several = len(found["arms"]) > 1
@@ -264,6 +265,22 @@ def _item_name(item: dict[str, Any]) -> str:
     if item["id"] is None:
         return str(item["where"])
     return f"{item['id']}" if item["group"] is None else f"{item['group']}/{item['id']}"
+
+
+def _routing_ties(found: dict[str, Any]) -> list[str]:
+    """Items and texts whose experts rounding may exchange."""
+    lines = []
+    for arm, described in found["arms"].items():
+        of_arm = f" of {_arm_title(found, arm)}" if len(found["arms"]) > 1 else ""
+        for what, tied in (described["routing_ties"] or {}).items():
+            if tied:
+                names = ", ".join(_item_name(each) for each in tied[:SHOWN_TIES])
+                more = ", ..." if len(tied) > SHOWN_TIES else ""
+                lines.append(
+                    f"{len(tied):,} {what}{of_arm} have a token whose experts tie within rounding, "
+                    f"so that the batch size may change them: {names}{more}"
+                )
+    return lines
 
 
 def _flips(found: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from moetools.item_statistics import (
 )
 from moetools.items import Item, read_items
 from moetools.opening import BATCH_TOKENS, OpenedModel, open_model
+from moetools.routing_ties import RoutingTies
 from moetools.scoring import (
     ItemScore,
     ScoredRow,
@@ -52,7 +53,12 @@ DEFINITIONS = {
     "accuracy": "share of items whose right choice has the largest log-likelihood, a sum over its "
     "tokens",
     "accuracy_per_token": f"the same by {NORMALISATION}",
-    "nll": "mean negative log-likelihood of a token in nats; a text's first is not predicted",
+    "nll": "mean negative log-likelihood of a token in nats. Texts are cut into pieces of at most "
+    "--sequence-length tokens; the first token of every piece is not predicted",
+    "routing_ties": "float32: items and texts with a token for which a router's last selected "
+    "expert and its next one are closer than rounding (32 units in the last place of the largest "
+    "logit): another batch size may exchange the two, and change a log-likelihood by more than "
+    "1e-4",
     "perplexity": "exp(nll)",
     "low, high": "95 % interval: percentiles of 2000 bootstrap samples of units; a unit is an "
     "item or text, or all of one id where groups share ids. Units are drawn once for all groups "
@@ -66,6 +72,10 @@ DEFINITIONS = {
     "mde": "smallest difference that a two-sided 5 % test finds with 80 % power: from a fixed "
     "number such as chance, 2.80 standard errors; between arms, given the share of items on which "
     "they disagree (Connor 1987) and the design effect of shared ids",
+    "value_a, value_b": "of the second model (--against), and of MODEL",
+    "difference": "value_b - value_a, what MODEL has more: above 0 is better in accuracy, worse in "
+    "nll",
+    "gained, lost": "items that MODEL alone gets right, and that the second model alone does",
     "mcnemar_p": "exact McNemar test, as if items were independent; where groups share ids the "
     "interval holds for pooled values and this does not",
     "verdict": "two one-sided paired t tests over units against the margin, 5 % each",
@@ -135,9 +145,10 @@ class Evaluation:
         summary: What was evaluated on what, as plain values; notes, ties and flips by rounding.
         results: One row per arm, metric and scope: `arm` (`model` or `against`), `source` (`tasks`,
             `data` or `lm-eval`) and the columns of `accuracy_table` and `nll_table`.
-        comparison: One row per metric and scope, of `compare_items` and `compare_nll`, where A is
-            `against` and B is the model: differences are what the model has more. None without a
-            second arm.
+        comparison: One row per metric and scope, of `compare_items` and `compare_nll`: `value_a`
+            is of `against`, `value_b` of `model`, `difference` what `model` has more, `gained` and
+            `lost` are items that `model` alone and `against` alone gets right. None without a
+            second model.
         items: One row per arm, item and choice; None without tasks.
         texts: One row per arm and text; None without data.
     """
@@ -177,13 +188,14 @@ class _Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Work:
-    """What goes through every arm."""
+    """What goes through every arm; `vocab_size` as in `choice_logliks`."""
 
     items: Sequence[Item]
     rows: Sequence[ScoredRow]
     texts: Sequence[Text]
     sequences: Sequence[TokenSequence]
     batch_tokens: int
+    vocab_size: int | None
     seed: int
     lm_eval: tuple[str, ...]
 
@@ -199,6 +211,8 @@ class _Outcome:
 
     scores: list[ItemScore] = field(default_factory=list)
     flips: dict[str, list[int]] | None = None
+    tied_items: list[int] = field(default_factory=list)
+    tied_texts: list[int] = field(default_factory=list)
     shared: bool = False
     reason: str | None = None
     by_batch: float = 0.0
@@ -387,16 +401,14 @@ def _work(options: EvaluateOptions, arms: Sequence[_Arm], items: Sequence[Item])
             raise DataError("The texts have one token each, so there is nothing to predict.")
     for arm in arms[1:]:
         _check_tokens(arm, arms[0], items, rows, texts)
-    batch_tokens = options.batch_tokens or BATCH_TOKENS[first.device.type]
-    if len({arm.opened.text_config.vocab_size for arm in arms}) > 1:
-        largest = max(arm.opened.text_config.vocab_size for arm in arms)
-        batch_tokens = max(1, min(batch_tokens, LOGITS_PER_BATCH // largest))
+    kinds = {(arm.opened.checkpoint.model_type, arm.opened.text_config.vocab_size) for arm in arms}
     return _Work(
         items=items,
         rows=rows,
         texts=texts,
         sequences=sequences,
-        batch_tokens=batch_tokens,
+        batch_tokens=options.batch_tokens or BATCH_TOKENS[first.device.type],
+        vocab_size=max(size for _, size in kinds) if len(kinds) > 1 else None,
         seed=options.seed,
         lm_eval=options.lm_eval,
     )
@@ -456,26 +468,36 @@ def _run_arms(arms: Sequence[_Arm], work: _Work, *, share: bool) -> list[_Outcom
         with opened.load() as model:
             for arm in (arm for arm in arms if arm.model == name):
                 total = work.num_tokens(2 if _is_rounded(opened) else 1)
+                watched = () if _is_rounded(opened) else opened.routers
                 with (
                     arm.steered(model),
+                    RoutingTies(model, watched) as ties,
                     console.progress(f"Evaluating {arm.title}", total, "tokens") as meter,
                 ):
-                    outcomes.append(_run_arm(arm, model, work, share, meter.advance))
+                    outcomes.append(_run_arm(arm, model, work, share, ties, meter.advance))
     return outcomes
 
 
 def _run_arm(
-    arm: _Arm, model: Any, work: _Work, share: bool, advance: Callable[[int], None]
+    arm: _Arm,
+    model: Any,
+    work: _Work,
+    share: bool,
+    ties: RoutingTies,
+    advance: Callable[[int], None],
 ) -> _Outcome:
     outcome = _Outcome()
     if work.items:
         scores, outcome.shared, outcome.reason, outcome.by_batch = _score(
-            arm, model, work, share, work.batch_tokens, advance
+            arm, model, work, share, ties, work.batch_tokens, advance
         )
         outcome.scores = scores
+        item = np.repeat(np.arange(len(work.items)), [len(each.choices) for each in work.items])
+        outcome.tied_items = np.unique(item[ties.take()]).tolist()
         if _is_rounded(arm.opened):
-            half = max(1, work.batch_tokens // 2)
-            again, *_ = _score(arm, model, work, outcome.shared, half, advance)
+            largest = work.vocab_size or arm.opened.text_config.vocab_size
+            half = max(1, min(work.batch_tokens, LOGITS_PER_BATCH // largest) // 2)
+            again, *_ = _score(arm, model, work, outcome.shared, ties, half, advance)
             outcome.flips = {
                 "accuracy": [
                     number
@@ -493,9 +515,13 @@ def _run_arm(
             model,
             [sequence.token_ids for sequence in work.sequences],
             batch_tokens=work.batch_tokens,
+            vocab_size=work.vocab_size,
+            watch=ties.watch,
             advance=advance,
         )
         _check_finite(sums, "texts", arm)
+        of_text = [work.sequences[number].text for number in ties.take()]
+        outcome.tied_texts = sorted({text for text in of_text if text is not None})
         outcome.nll, outcome.num_tokens = _by_text(work, sums), _by_text(work, counts)
     if work.lm_eval:
         found = harness.run(
@@ -514,6 +540,7 @@ def _score(
     model: Any,
     work: _Work,
     share: bool,
+    ties: RoutingTies,
     batch_tokens: int,
     advance: Callable[[int], None],
 ) -> tuple[list[ItemScore], bool, str | None, float]:
@@ -523,6 +550,8 @@ def _score(
         [len(item.choices) for item in work.items],
         batch_tokens=batch_tokens,
         share=share,
+        vocab_size=work.vocab_size,
+        watch=ties.watch,
         advance=advance,
     )
     _check_finite(found.values, "choices", arm)
@@ -668,6 +697,16 @@ def _summary(
                 "revision": arm.opened.checkpoint.revision,
                 "intervention": arm.file,
                 "ties": _ties(work.items, outcome.scores),
+                "routing_ties": None
+                if _is_rounded(arm.opened)
+                else {
+                    "items": _named(work.items, outcome.tied_items),
+                    "texts": [
+                        {"text": number, "id": text.id, "group": text.group, "where": text.where}
+                        for number in outcome.tied_texts
+                        for text in [work.texts[number]]
+                    ],
+                },
                 "flips_by_rounding": None
                 if outcome.flips is None
                 else {

@@ -12,6 +12,7 @@ what else is in its batch by rounding alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,8 +28,11 @@ from moetools.items import Item
 from moetools.shared_context import (
     LOGITS_PER_BATCH,
     NotShareableError,
+    Watch,
     plan_contexts,
     score_shared,
+    unwatched,
+    without_extras,
 )
 from moetools.tracing import padded
 
@@ -125,6 +129,8 @@ def choice_logliks(
     *,
     batch_tokens: int,
     share: bool = True,
+    vocab_size: int | None = None,
+    watch: Watch = unwatched,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> ChoiceLogliks:
     """Log-likelihood of each row of `choice_rows`, with the context of an item scored once.
@@ -139,6 +145,9 @@ def choice_logliks(
         num_choices: Rows of each item.
         batch_tokens: Tokens of a batch at most, padding included.
         share: False scores whole rows.
+        vocab_size: Plan batches as if logits of so many tokens were kept for every token, so that
+            several models get the same ones; None plans for this model.
+        watch: Put around the forward passes that give the values, with the numbers of the rows.
         advance: Told of the tokens of the rows of each batch that is done.
     """
     starts = np.cumsum([0, *num_choices])
@@ -152,13 +161,19 @@ def choice_logliks(
     if share:
         reason = _why_not_shared(model, [groups[item] for item in checked], whole, batch_tokens)
     if not share or reason is not None:
-        values = score_rows(model, rows, batch_tokens=batch_tokens, advance=advance)
+        values = score_rows(
+            model, rows, batch_tokens=batch_tokens, vocab_size=vocab_size, watch=watch,
+            advance=advance,
+        )  # fmt: skip
     else:
         values = np.zeros(len(rows))
-        for batch in plan_contexts(model, groups, batch_tokens=batch_tokens):
+        for batch in plan_contexts(model, groups, batch_tokens=batch_tokens, vocab_size=vocab_size):
             of_batch = [groups[item] for item in batch]
-            found = score_shared(model, of_batch, batch_tokens=batch_tokens)
-            values[[number for item in batch for number in range(*starts[item : item + 2])]] = found
+            places_in_all = [n for item in batch for n in range(*starts[item : item + 2])]
+            values[places_in_all] = score_shared(
+                model, of_batch, batch_tokens=batch_tokens, vocab_size=vocab_size,
+                watch=_renumbered(watch, places_in_all),
+            )  # fmt: skip
             advance(sum(len(row.token_ids) for group in of_batch for row in group))
     return ChoiceLogliks(
         values=values,
@@ -173,21 +188,28 @@ def text_nll(
     texts: Sequence[NDArray[np.int32]],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    vocab_size: int | None = None,
+    watch: Watch = unwatched,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Negative log-likelihood of each text, a sum in nats, and the number of its predicted tokens.
 
-    The first token of a text is not predicted.
+    The first token of each is not predicted.
 
     Args:
         model: A causal language model in evaluation mode.
         texts: Token ids [T] each.
         batch_tokens: Tokens of a batch at most, padding included.
+        vocab_size: As in `choice_logliks`.
+        watch: As there.
         advance: Told of the tokens of each batch that is done.
     """
     rows = [ScoredRow(token_ids=token_ids) for token_ids in texts]
     counts = np.array([row.num_scored for row in rows], dtype=np.int64)
-    return -score_rows(model, rows, batch_tokens=batch_tokens, advance=advance), counts
+    sums = score_rows(
+        model, rows, batch_tokens=batch_tokens, vocab_size=vocab_size, watch=watch, advance=advance
+    )
+    return -sums, counts
 
 
 def choice_rows(
@@ -229,6 +251,8 @@ def score_rows(
     rows: Sequence[ScoredRow],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    vocab_size: int | None = None,
+    watch: Watch = unwatched,
     advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> NDArray[np.float64]:
     """Log-likelihood [R] of the scored tokens of each row, in nats.
@@ -237,16 +261,21 @@ def score_rows(
         model: A causal language model in evaluation mode.
         rows: What goes through it.
         batch_tokens: Tokens of a batch at most, padding included.
+        vocab_size: As in `choice_logliks`.
+        watch: As there.
         advance: Told of the tokens of each batch that is done.
     """
     device = model.get_input_embeddings().weight.device
     sums = np.zeros(len(rows))
-    vocab_size = model.config.get_text_config().vocab_size
+    vocab_size = vocab_size or model.config.get_text_config().vocab_size
+    extras = without_extras(model)
     with torch.inference_mode():
         for numbers in plan_batches(rows, vocab_size=vocab_size, batch_tokens=batch_tokens):
             batch = [rows[number] for number in numbers]
-            arguments, _ = model_arguments([row.token_ids for row in batch], device)
-            logits = model(**arguments).logits
+            arguments, mask = model_arguments([row.token_ids for row in batch], device)
+            followed = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+            with watch(numbers, followed):
+                logits = model(**arguments, **extras).logits
             scored = ScoredTokens(batch)
             sums[list(numbers)] = scored.row_sums(scored.chosen(scored.logprobs(logits)))
             advance(sum(len(row.token_ids) for row in batch))
@@ -333,6 +362,15 @@ def item_scores(
             )
         )
     return scores
+
+
+def _renumbered(watch: Watch, numbers: Sequence[int]) -> Watch:
+    """A watch that is told places in a list of row numbers."""
+
+    def renumbered(places: Sequence[int], mask: Tensor) -> AbstractContextManager[None]:
+        return watch([numbers[place] for place in places], mask)
+
+    return renumbered
 
 
 def _why_not_shared(

@@ -1,15 +1,18 @@
 """`moetools evaluate` as a process, on the embedded checkpoint, and with router interventions."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import write_rows
+from safetensors.torch import load_file, save_file
 
 import moetools
 from moetools import cli
+from moetools.checkpoint import DEMO
 from moetools.interventions import RouterIntervention, fingerprinted, write_intervention
 from moetools.items import read_items
 from moetools.opening import open_model
@@ -100,3 +103,40 @@ def test_batch_size_moves_no_item_of_the_demo():
             before, after = runs[0][first : first + size], run[first : first + size]
             gap = np.diff(np.sort(before))[-1]
             assert before.argmax() == after.argmax() or gap < 2e-4
+
+
+@pytest.mark.slow
+def test_what_the_batch_size_moves_in_the_demo_is_listed():
+    runs = [
+        moetools.evaluate("demo", tasks="demo", max_items=12, device="cpu", dtype="float32",
+                          batch_tokens=size)
+        for size in (1, 2048)
+    ]  # fmt: skip
+    moved = (runs[0].items["loglik"] - runs[1].items["loglik"]).abs() > 1e-4
+    listed = {
+        each["item"]
+        for run in runs
+        for each in run.summary["arms"]["model"]["routing_ties"]["items"]
+    }
+    assert set(runs[0].items["item"][moved]) <= listed
+    assert len(listed) <= 4
+
+
+@pytest.mark.slow
+def test_the_demo_beats_a_damaged_copy(tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(DEMO, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn.o_proj.weight"):
+            tensor.zero_()
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    found = moetools.evaluate(
+        "demo", tasks="demo", data="demo", max_items=40, max_tokens=2000, against=damaged,
+        device="cpu",
+    )  # fmt: skip
+    rows = found.comparison[found.comparison["scope"] == "pooled"].set_index("metric")
+    assert rows.loc["accuracy", "low"] > 0
+    assert rows.loc["nll", "high"] < 0
+    assert rows.loc["accuracy", "value_b"] > rows.loc["accuracy", "value_a"]
+    assert rows.loc["accuracy", "gained"] > rows.loc["accuracy", "lost"]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import save_tiny_checkpoint, write_rows
+from safetensors.torch import load_file, save_file
 
 import moetools
 from moetools import cli
@@ -114,6 +115,29 @@ def test_batch_size_moves_no_item_in_float32(tiny_checkpoint, items):
     for run in runs[1:]:
         np.testing.assert_allclose(run["loglik"], runs[0]["loglik"], atol=1e-4)
         assert run["predicted"].equals(runs[0]["predicted"])
+
+
+def test_routing_ties_are_listed(tiny_checkpoint, items, parallel_texts, tmp_path, capsys):
+    tied = tmp_path / "tied"
+    shutil.copytree(tiny_checkpoint, tied)
+    tensors = load_file(tied / "model.safetensors")
+    gate = next(name for name in tensors if name.endswith("mlp.gate.weight"))
+    tensors[gate][:] = tensors[gate][0].clone()
+    save_file(tensors, tied / "model.safetensors", metadata={"format": "pt"})
+    found = moetools.evaluate(
+        tied, tasks=items, data=parallel_texts, against=tiny_checkpoint, group_column="lang",
+        device="cpu",
+    )  # fmt: skip
+    ties = {arm: found.summary["arms"][arm]["routing_ties"] for arm in ("model", "against")}
+    assert len(ties["model"]["items"]) == 40
+    assert len(ties["model"]["texts"]) == found.summary["num_texts"]
+    assert len(ties["against"]["items"]) < 20
+    code, out, _ = moetools_cli(
+        capsys, "evaluate", tied, "--tasks", items, "--group-column", "lang", "--device", "cpu",
+        "--quiet",
+    )  # fmt: skip
+    assert code == 0
+    assert "routing    40 items have a token whose experts tie within rounding" in out
 
 
 def test_ties_are_listed(tiny_checkpoint, tmp_path):

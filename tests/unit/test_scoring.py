@@ -17,7 +17,7 @@ from moetools.scoring import (
     score_choices,
     text_nll,
 )
-from moetools.shared_context import score_shared
+from moetools.shared_context import LOGITS_PER_BATCH, plan_contexts, score_shared
 
 ITEMS = [
     Item(question="The sky is", choices=(" blue", " green and very loud"), answer=0),
@@ -231,3 +231,29 @@ def test_scores_that_depend_on_the_batch_are_measured(model, tokenizer):
     found = logliks(model, tokenizer, items, batch_tokens=10_000)
     handle.remove()
     assert found.by_batch > 1e-3
+
+
+def test_a_model_that_returns_router_logits_is_scored(model, tokenizer):
+    items = varied_items(4)
+    expected = logliks(model, tokenizer, items, batch_tokens=256)
+    model.config.output_router_logits = True
+    try:
+        found = logliks(model, tokenizer, items, batch_tokens=256)
+        text_nll(model, [np.arange(5, dtype=np.int32), np.arange(9, dtype=np.int32)])
+    finally:
+        model.config.output_router_logits = False
+    np.testing.assert_array_equal(found.values, expected.values)
+    assert found.shared
+
+
+def test_batches_can_be_planned_for_another_vocabulary(model, tokenizer):
+    rows = choice_rows(varied_items(6), tokenizer)
+    groups = [rows[first : first + 4] for first in range(0, len(rows), 4)]
+    whole = plan_contexts(model, groups, batch_tokens=10**6)
+    assert len(whole) == 1
+    longest = max(group[0].start for group in groups)
+    limited = plan_contexts(
+        model, groups, batch_tokens=10**6, vocab_size=LOGITS_PER_BATCH // longest
+    )
+    assert len(limited) > 1
+    assert limited == plan_contexts(model, groups, batch_tokens=longest)
