@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetools.architectures import RouterSpec
-from moetools.edits.steer import PROMOTION, Fold
+from moetools.checkpoint import Checkpoint
+from moetools.edits.steer import PROMOTION, Fold, stored_offsets
 from moetools.interventions import RouterIntervention
 from moetools.opening import OpenedModel
 from moetools.probe_plan import parse_layers
@@ -16,7 +17,7 @@ from moetools.steer_data import Corpus
 from moetools.steer_fold import loss_difference
 from moetools.steer_options import SteerOptions
 from moetools.steer_passes import NativePass, TextPass, flips
-from moetools.steering import set_agreement
+from moetools.steering import Offsets, set_agreement
 from moetools.writing import WrittenCheckpoint
 
 
@@ -129,18 +130,31 @@ def _overall(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def folded(folds: Sequence[Fold]) -> list[dict[str, Any]]:
-    """Which tensor takes what."""
-    return [
-        {
-            "layer": fold.layer,
-            "kind": fold.kind,
-            "key": fold.key,
-            "offsets": {str(expert): offset for expert, offset in fold.offsets.items()},
-            "meaning": PROMOTION[fold.kind],
-        }
-        for fold in folds
-    ]
+def folded(checkpoint: Checkpoint, folds: Sequence[Fold]) -> list[dict[str, Any]]:
+    """Which tensor takes what: `offsets` before rounding, `offsets_stored` after it.
+
+    `offsets_stored` is None for weights; experts in `rounded_away` keep what they had.
+    """
+    rows = []
+    for fold in folds:
+        stored = stored_offsets(checkpoint, fold)
+        rows.append(
+            {
+                "layer": fold.layer,
+                "kind": fold.kind,
+                "key": fold.key,
+                "stored_dtype": checkpoint.tensors[fold.key].dtype,
+                "offsets": _by_expert(fold.offsets),
+                "offsets_stored": None if stored.offsets is None else _by_expert(stored.offsets),
+                "rounded_away": list(stored.rounded_away),
+                "meaning": PROMOTION[fold.kind],
+            }
+        )
+    return rows
+
+
+def _by_expert(offsets: Offsets) -> dict[str, float]:
+    return {str(expert): offset for expert, offset in offsets.items()}
 
 
 def parameters(

@@ -87,7 +87,7 @@ def steer(
     target: str | Sequence[str],
     generic: str | Sequence[str],
     layers: str,
-    strength: float | Sequence[float] = (),
+    strength: float | Sequence[float] | None = None,
     **options: Any,
 ) -> SteerRun:
     """Promote the experts of a task, as `moetools steer` does.
@@ -97,7 +97,7 @@ def steer(
         target: DATA of the task, one or several.
         generic: DATA that it is compared with.
         layers: `A:B`, both included.
-        strength: One, or several to choose from.
+        strength: One, or several to choose from; None is 0.5, or what `hard` has.
         **options: Any other field of `SteerOptions`.
 
     Raises:
@@ -106,6 +106,8 @@ def steer(
     for name in ("out", "patch", "save_intervention"):
         if options.get(name) is not None:
             options[name] = Path(options[name])
+    if strength is None:
+        strength = ()
     run = run_steer(
         SteerOptions(
             model=str(model),
@@ -235,7 +237,7 @@ class _Run:
             self.fidelity = measure(
                 self.specs, targets, native, hook, self._folded, self.num_predicted
             )
-            self.document["fold"] = folded(self._folds)
+            self.document["fold"] = folded(self.opened.checkpoint, self._folds)
             self.document["fidelity"] = self.fidelity.to_json()
             if self._refused(self.fidelity.objections):
                 return

@@ -141,6 +141,33 @@ def folded_tensor(checkpoint: Checkpoint, fold: Fold) -> Tensor:
     return folded_weight(original, fold.direction, fold.offsets)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredOffsets:
+    """What a fold really adds, after rounding to the dtype on disk.
+
+    Attributes:
+        offsets: Expert -> what its bias gains; None for a weight, whose rows round one by one.
+        rounded_away: Experts for which nothing changes.
+    """
+
+    offsets: Offsets | None
+    rounded_away: tuple[int, ...]
+
+
+def stored_offsets(checkpoint: Checkpoint, fold: Fold) -> StoredOffsets:
+    """What a fold really adds."""
+    before, after = checkpoint.tensor(fold.key).double(), folded_tensor(checkpoint, fold).double()
+    if fold.kind != "weight":
+        before, after = before.reshape(-1), after.reshape(-1)
+    changes = {expert: after[expert] - before[expert] for expert in fold.offsets}
+    return StoredOffsets(
+        offsets=None
+        if fold.kind == "weight"
+        else {expert: float(change) for expert, change in changes.items()},
+        rounded_away=tuple(expert for expert, change in changes.items() if not change.any()),
+    )
+
+
 def _change(checkpoint: Checkpoint, fold: Fold) -> TensorChange:
     info = checkpoint.tensors[fold.key]
     return TensorChange.of(

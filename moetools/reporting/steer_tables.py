@@ -6,6 +6,9 @@ from typing import Any
 
 Document = Mapping[str, Any]
 
+ROUNDING_SHOWN = 0.01
+"""Of an offset: rounding by less is not mentioned."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
@@ -225,11 +228,33 @@ def _fold(document: Document) -> Section:
             "for the unchanged ones",
             f"loss: folded minus hook {_difference(fidelity['loss'])}, folded minus unchanged "
             f"{_difference(fidelity['folded_loss'])} nats per token",
+            *_rounding(document),
             *objections,
         ),
         columns=("layer", "into", "u.x", "folded", "no edit"),
         rows=tuple(rows),
     )
+
+
+def _rounding(document: Document) -> list[str]:
+    """Offsets that the dtype on disk does not hold."""
+    lines = []
+    for each in document["fold"]:
+        where, dtype = f"layer {each['layer']}", each["stored_dtype"]
+        stored = each["offsets_stored"] or {}
+        changed = [
+            f"{expert}: {stored[expert]:+.4g} for {offset:+.4g}"
+            for expert, offset in each["offsets"].items()
+            if expert in stored and abs(stored[expert] - offset) > ROUNDING_SHOWN * abs(offset)
+        ]
+        if changed:
+            lines.append(f"{where}: rounding to {dtype} adds, by expert, {', '.join(changed)}")
+        if each["rounded_away"]:
+            lines.append(
+                f"{where}: what is added to experts {_numbers(each['rounded_away'])} rounds away "
+                f"in {dtype}"
+            )
+    return lines
 
 
 def _items(document: Document, compared: Mapping[str, Any]) -> Section:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SENTENCES, save_byte_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_model
 
 import moetools
 from moetools import cli
@@ -436,6 +436,37 @@ def test_what_rounds_away_is_said(capsys, command, tmp_path):
     assert code == 0
     assert "0 tensors changed" in shown
     assert "rounded away: model.layers.0.mlp.gate.weight" in shown
+
+
+@pytest.mark.parametrize(
+    ("strength", "said"), [("0.5", "rounding to BF16 adds"), ("0.05", "rounds away in BF16")]
+)
+def test_offsets_are_recorded_as_stored(capsys, data, tmp_path, strength, said):
+    model = tiny_model("gpt_oss", vocab_size=258, max_position_embeddings=512)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("router.bias"):
+                tensor += 40
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    save_byte_tokenizer(tmp_path / "model")
+    code, shown, _ = moetools_cli(
+        capsys, "steer", tmp_path / "model", "--target", data["target"], "--generic",
+        data["generic"], "--layers", "0:2", "--max-tokens", 1500, "--tau", "0.005", "--dtype",
+        "float32", "--out", tmp_path / "out", "--force", "--device", "cpu", "--strength", strength,
+        "--json",
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(shown)
+    before = Checkpoint.open(str(tmp_path / "model"))
+    after = Checkpoint.open(str(tmp_path / "out"))
+    for fold in document["fold"]:
+        assert fold["stored_dtype"] == "BF16"
+        change = after.tensor(fold["key"]).double() - before.tensor(fold["key"]).double()
+        stored = {expert: float(change[int(expert)]) for expert in fold["offsets"]}
+        assert fold["offsets_stored"] == stored
+        assert fold["rounded_away"] == [int(each) for each, value in stored.items() if not value]
+    report = next((tmp_path / "out").rglob("report.md")).read_text()
+    assert said in report
 
 
 def test_constant_form_in_a_bias_is_its_hook_exactly(family):
