@@ -238,6 +238,8 @@ def read_intervention(path: str | Path) -> RouterIntervention:
         return RouterIntervention.from_json(document)
     except OSError as error:
         problem = error.strerror or str(error)
+    except UnicodeDecodeError:
+        problem = "it is not text"
     except json.JSONDecodeError as error:
         problem = f"it is not JSON ({error})"
     except ValueError as error:

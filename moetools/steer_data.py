@@ -38,12 +38,14 @@ class Corpus:
         sequences: At least two.
         held_out: [S] sequences that nothing is found or fitted on.
         num_texts: Texts that they come from.
+        num_given: Texts that there were; more where `max_tokens` left some out.
     """
 
     name: str
     sequences: tuple[TokenSequence, ...]
     held_out: NDArray[np.bool_]
     num_texts: int
+    num_given: int
 
     def part(self, *, held_out: bool) -> list[TokenSequence]:
         """The sequences of one part."""
@@ -125,7 +127,7 @@ def read_tasks(options: SteerOptions) -> Tasks | None:
         how = f"no column '{column}': halves by a hash of the id, seed {options.seed}"
     else:
         dev, test = (_of_part(items, column, part) for part in (DEV, TEST))
-        how = f"rows whose '{column}' is {DEV}, and rows whose '{column}' is {TEST}"
+        how = f"rows whose '{column}' is {TEST}; rows whose '{column}' is {DEV} are for choosing"
     if not dev or not test:
         raise DataError(
             f"--tasks {options.tasks}: {len(items)} items are too few to divide. Add items, or "
@@ -247,4 +249,5 @@ def _corpus(
         sequences=tuple(sequences),
         held_out=np.isin(numbers, held),
         num_texts=len(texts_used),
+        num_given=len(texts),
     )

@@ -51,6 +51,7 @@ def setting(
                 "data": list(getattr(options, corpus.name)),
                 "where": list(getattr(options, f"{corpus.name}_where")),
                 "num_texts": corpus.num_texts,
+                "num_texts_given": corpus.num_given,
                 "num_tokens": corpus.num_tokens(held_out=False),
                 "num_held_out_tokens": corpus.num_tokens(held_out=True),
             }

@@ -33,6 +33,7 @@ from moetools.interventions import (
 )
 from moetools.opening import OpenedModel, open_model
 from moetools.patches import write_patch
+from moetools.provenance import attachments_folder
 from moetools.reporting.steer_tables import markdown
 from moetools.steer_data import Corpus, Tasks, evaluation, read_corpora, read_tasks
 from moetools.steer_document import checkpoint as describe_checkpoint
@@ -285,7 +286,9 @@ class _Run:
             self.document["written"]["patch"] = str(options.patch)
             return
         written = write_checkpoint(plan, options.out, options=write_options(options))
-        self.document["written"]["checkpoint"] = str(options.out)
+        assert written.number is not None
+        report = options.out / attachments_folder(written.number) / REPORT
+        self.document["written"] |= {"checkpoint": str(options.out), "report": str(report)}
         if options.patch is not None:
             self.document["written"]["patch"] = str(options.patch)
         self.document["checkpoint"] = describe_checkpoint(written)

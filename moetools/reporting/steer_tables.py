@@ -70,8 +70,10 @@ def _setting(document: Document) -> Section:
         lines.append(f"no router in layers {_numbers(document['layers_without_router'])}")
     for texts in document["texts"]:
         where = "".join(f" ({each})" for each in texts["where"])
+        used, given = texts["num_texts"], texts["num_texts_given"]
+        num_texts = f"{used:,} texts" if used == given else f"{used:,} of {given:,} texts"
         lines.append(
-            f"{texts['corpus']}: {' '.join(texts['data'])}{where}, {texts['num_texts']:,} texts; "
+            f"{texts['corpus']}: {' '.join(texts['data'])}{where}, {num_texts}; "
             f"{texts['num_tokens']:,} tokens to find and fit, "
             f"{texts['num_held_out_tokens']:,} held out"
         )
