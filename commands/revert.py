@@ -26,6 +26,7 @@ def revert(
 ) -> None:
     """Undo the last edit: what is written is the edit's input, byte for byte.
 
+    What the edit changed is checked by its sha256, before and after; the rest is taken as it is.
     Files that the edit did not carry cannot be given back; they are listed.
 
     Example: moetools revert steered/ --out as-before/

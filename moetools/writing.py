@@ -243,8 +243,9 @@ def summary(written: WrittenCheckpoint) -> list[str]:
     """What a user should read about a checkpoint that was written."""
     planned = len(written.changed) + len(written.rounded_away)
     files = f", {len(written.files)} small files" if written.files else ""
+    done = "restored" if written.number is None else "changed"
     lines = [
-        f"{written.path}: {_count(len(written.changed), 'tensor')} changed{files}; "
+        f"{written.path}: {_count(len(written.changed), 'tensor')} {done}{files}; "
         f"{bytes_text(written.num_bytes)} written in {written.write_seconds:.1f} s, changes read "
         f"back and compared in {written.verify_seconds:.1f} s."
     ]
