@@ -28,9 +28,8 @@ def apply(
 ) -> None:
     """Write the checkpoint that an edit made, from MODEL and the edit's patch file.
 
-    The result is byte for byte what the edit wrote.
-
-    A patch that was made for another checkpoint is refused.
+    The result is byte for byte what the edit wrote. A patch that was made for other tensors than
+    MODEL has in their place is refused; the rest of MODEL is taken as it is.
 
     Example: moetools apply demo steered.patch --out steered/
     """

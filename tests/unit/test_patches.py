@@ -295,7 +295,7 @@ def test_the_commands(tmp_path, edited, capsys):
     back, applied = tmp_path / "back", tmp_path / "applied"
     assert cli.run(["revert", str(out), "--out", str(back)]) == 0
     shown = capsys.readouterr().out
-    assert "3 tensors changed" in shown
+    assert "3 tensors restored" in shown
     assert tree(back) == tree(folder)
     assert cli.run(["apply", str(folder), str(patch), "--out", str(applied), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
