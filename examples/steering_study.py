@@ -580,6 +580,10 @@ def page(study: Study, results: Results, found: Sequence[tuple[str, str, str]]) 
         "- That other layers, thresholds or tasks would do no better: one choice of layers was "
         "made beforehand, from where languages are routed most alike.",
         "",
+        "The items are package descriptions and section names of Debian 12 with translations by "
+        "the Debian Description Translation Project; sources and licences as in "
+        "[the demo's text](../../moetools/demo/text/README.md).",
+        "",
     ]
     return "\n".join(lines)
 
