@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
+from moetools.console import some
 from moetools.errors import CheckpointError
 from moetools.hub import HubRepository
 from moetools.safetensors_format import TensorInfo, parse_header, read_header
@@ -262,7 +263,7 @@ class Checkpoint:
         ]
         if wrong and "quantization_config" not in self.config_dict:
             raise CheckpointError(
-                f"{self.name} does not fit its config.json: {_some(wrong)}. Use the config.json "
+                f"{self.name} does not fit its config.json: {some(wrong)}. Use the config.json "
                 "that belongs to these weights."
             )
 
@@ -304,7 +305,7 @@ class Checkpoint:
         missing = [shard for shard in self.shard_sizes if not (folder / shard).is_file()]
         if missing:
             raise CheckpointError(
-                f"{self.name}: {_some(missing)} not in the hub cache. "
+                f"{self.name}: {some(missing)} not in the hub cache. "
                 f"Run `hf download {self._source.repo_id}` where there is a network."
             )
         return folder
@@ -408,24 +409,24 @@ def _read_tensors(source: Source) -> tuple[dict[str, TensorInfo], dict[str, int]
         tensors |= header
     if twice:
         raise CheckpointError(
-            f"{source.name}: {_some(twice)} found twice, in different weight files. "
+            f"{source.name}: {some(twice)} found twice, in different weight files. "
             "Keep one of them."
         )
     absent = sorted(weight_map.keys() - tensors.keys())
     if absent:
         raise CheckpointError(
-            f"{source.where(INDEX)} names {_some(absent)}, not found in {weight_map[absent[0]]}. "
+            f"{source.where(INDEX)} names {some(absent)}, not found in {weight_map[absent[0]]}. "
             "Download the checkpoint again."
         )
     elsewhere = [key for key, shard in weight_map.items() if tensors[key].shard != shard]
     if elsewhere:
         raise CheckpointError(
-            f"{source.where(INDEX)}: {_some(elsewhere)} found in {tensors[elsewhere[0]].shard}, "
+            f"{source.where(INDEX)}: {some(elsewhere)} found in {tensors[elsewhere[0]].shard}, "
             f"the index says {weight_map[elsewhere[0]]}. Download the checkpoint again."
         )
     unlisted = sorted(tensors.keys() - weight_map.keys()) if index is not None else []
     if unlisted:
-        logger.warning("%s does not name %s, found in its files", INDEX, _some(unlisted))
+        logger.warning("%s does not name %s, found in its files", INDEX, some(unlisted))
     return tensors, sizes
 
 
@@ -457,7 +458,7 @@ def _read_headers(
         raise CheckpointError(_explain_no_weights(source))
     if missing:
         raise CheckpointError(
-            f"{source.where(INDEX)} names {_some(missing)}, which is not there. Download what is "
+            f"{source.where(INDEX)} names {some(missing)}, which is not there. Download what is "
             "missing."
         )
     tensors = []
@@ -476,17 +477,17 @@ def _explain_no_weights(source: Source) -> str:
     loose = [name for name in names if re.fullmatch(r"[^/]*\.safetensors", name)]
     if loose:
         return (
-            f"{source.name} holds {_some(loose)} but no {INDEX} that says which tensor lies "
+            f"{source.name} holds {some(loose)} but no {INDEX} that says which tensor lies "
             "where. Download the index too."
         )
     if pickles:
         return (
-            f"{source.name} holds pickled weights only ({_some(pickles)}); opening them can "
+            f"{source.name} holds pickled weights only ({some(pickles)}); opening them can "
             "run any code, so they are refused. Convert them where you trust the file: "
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)."
         )
     ggufs = [name for name in names if name.endswith(".gguf")]
-    found = f" ({_some(ggufs)} cannot be read)" if ggufs else ""
+    found = f" ({some(ggufs)} cannot be read)" if ggufs else ""
     return f"{source.name} is not a checkpoint folder: {SINGLE} or {INDEX} is missing{found}."
 
 
@@ -525,9 +526,3 @@ def _read_file(path: Path, begin: int, end: int) -> tuple[bytes, int]:
     with path.open("rb") as file:
         file.seek(begin)
         return file.read(end - begin), path.stat().st_size
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    """The first few names and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

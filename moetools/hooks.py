@@ -33,6 +33,13 @@ class NaNRoutingError(RoutingError):
         self.router = router
         self.rows = rows
 
+    def of_batch(self) -> RoutingError:
+        """The same where nothing can be done but to use another checkpoint or dtype."""
+        return RoutingError(
+            f"NaN in router {self.router}, in {len(self.rows)} tokens of one batch. The "
+            "checkpoint or its --dtype is broken."
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Routing:
@@ -76,7 +83,29 @@ class Routing:
         )
 
 
-class RouterRecorder:
+class InstalledHooks:
+    """Hooks on modules that last as long as a `with` block; subclasses install them."""
+
+    def __init__(self) -> None:
+        """No hook yet."""
+        self._handles: list[RemovableHandle] = []
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class RouterRecorder(InstalledHooks):
     """Hooks that keep, for each forward pass, what every router handed to its experts.
 
     In the forward thread a hook checks shapes and keeps references; nothing is copied, except
@@ -109,6 +138,7 @@ class RouterRecorder:
         keep: frozenset[str] = frozenset(),
         allow_nan: bool = False,
     ) -> None:
+        super().__init__()
         if keep - KEEPS:
             raise ValueError(f"keep: {sorted(keep - KEEPS)} not in {sorted(KEEPS)}")
         refuse_compiled(model)
@@ -122,7 +152,6 @@ class RouterRecorder:
         self._model = model
         self._keep = keep
         self._allow_nan = allow_nan
-        self._handles: list[RemovableHandle] = []
         self._recordings: dict[str, _Recording] = {}
         self._num_tokens: int | None = None
         self._rows: Tensor | None = None
@@ -141,19 +170,9 @@ class RouterRecorder:
                 ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         self._recordings.clear()
 
     @property

@@ -15,18 +15,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moetools.architectures import RouterSpec
 from moetools.checkpoint import Checkpoint
 from moetools.errors import ArchitectureError, CheckpointError, RequestError
 from moetools.files import write_json
-from moetools.hooks import RouterRecorder, Routing, refuse_compiled, router_tensor
+from moetools.hooks import (
+    InstalledHooks,
+    RouterRecorder,
+    Routing,
+    refuse_compiled,
+    router_tensor,
+)
 from moetools.opening import OpenedModel
 from moetools.routing import ScoringRule, common_rules, fitting_rules
 from moetools.steering import Experts, Offsets, constant, hard, hard_noise, soft
@@ -407,7 +411,7 @@ class SteeredRouter:
         return Routing(top_k_index=index, top_k_weights=weights, router_logits=logits)
 
 
-class Steering:
+class Steering(InstalledHooks):
     """Hooks that make a model route as an intervention says.
 
     They run before other hooks, so that a `RouterRecorder` records what the experts really get,
@@ -423,10 +427,10 @@ class Steering:
     """
 
     def __init__(self, model: nn.Module, routers: Sequence[SteeredRouter]) -> None:
+        super().__init__()
         refuse_compiled(model)
         self.routers = {each.spec.name: each for each in routers}
         self._model = model
-        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for router in self.routers.values():
@@ -440,16 +444,6 @@ class Steering:
                 ),
             ]
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 class _Steps:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moetools import console
 from moetools.batching import TokenSequence
-from moetools.errors import ArchitectureError, RequestError, RoutingError
+from moetools.errors import ArchitectureError, RequestError
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, router_tensor
 from moetools.items import Item
 from moetools.opening import BATCH_TOKENS
@@ -354,10 +354,7 @@ class Passes:
                 try:
                     routings = recorder.take()
                 except NaNRoutingError as error:
-                    raise RoutingError(
-                        f"NaN in router {error.router}, in {len(error.rows)} tokens of one batch. "
-                        "The checkpoint or its --dtype is broken."
-                    ) from None
+                    raise error.of_batch() from None
                 if not self._rules:
                     self._find_rules(routings)
                 if keep:

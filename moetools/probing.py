@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -23,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from moetools.architectures import RouterSpec
 from moetools.errors import ArchitectureError, RequestError
+from moetools.hooks import InstalledHooks
 from moetools.registry import unknown
 from moetools.routing import ScoringRule, required
 
@@ -452,7 +451,7 @@ def inclusion_probabilities(log_rates: NDArray[np.float64], top_k: int) -> NDArr
     return probabilities
 
 
-class Intervention:
+class Intervention(InstalledHooks):
     """Hooks on experts that replace their selection or output, and show their output.
 
         with Intervention(model, specs) as intervention:
@@ -466,8 +465,8 @@ class Intervention:
     """
 
     def __init__(self, model: nn.Module, specs: Sequence[RouterSpec]) -> None:
+        super().__init__()
         self._experts = {spec.name: model.get_submodule(spec.experts_module) for spec in specs}
-        self._handles: list[RemovableHandle] = []
         self._changes: Mapping[str, Change] = {}
         self._watched: frozenset[str] = frozenset()
         self._rows: Tensor | None = None
@@ -480,16 +479,6 @@ class Intervention:
                 module.register_forward_hook(self._returned(name)),
             ]
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def begin(
         self,

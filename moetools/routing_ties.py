@@ -7,15 +7,13 @@ closer than rounding, another batch may exchange the two, and with them the outp
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from moetools.architectures import RouterSpec
-from moetools.hooks import router_tensor
+from moetools.hooks import InstalledHooks, router_tensor
 from moetools.interventions import find_rules
 from moetools.routing import ScoringRule
 
@@ -53,7 +51,7 @@ def _gap(values: Tensor, num_best: int) -> Tensor:
     return best[:, -2] - best[:, -1]
 
 
-class RoutingTies:
+class RoutingTies(InstalledHooks):
     """Hooks that watch the margins of all routers, and name the rows with a tie.
 
         with RoutingTies(model, routers) as ties:
@@ -67,9 +65,9 @@ class RoutingTies:
     """
 
     def __init__(self, model: Any, routers: Sequence[RouterSpec]) -> None:
+        super().__init__()
         self._model = model
         self._routers = [spec for spec in routers if spec.top_k < spec.num_experts]
-        self._handles: list[RemovableHandle] = []
         self._closest: Tensor | None = None
         self._watching = 0
         self._found: set[int] = set()
@@ -83,16 +81,6 @@ class RoutingTies:
             hook = self._hook(spec, rules.get(spec.name), bias)
             self._handles.append(module.register_forward_hook(hook))
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @contextmanager
     def watch(self, numbers: Sequence[int], mask: Tensor) -> Iterator[None]:

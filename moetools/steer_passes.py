@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetools import console
 from moetools.architectures import RouterSpec, get_tensor
-from moetools.errors import ArchitectureError, MachineError, RoutingError
+from moetools.errors import ArchitectureError, MachineError
 from moetools.hooks import NaNRoutingError, RouterRecorder, Routing, router_tensor
 from moetools.interventions import (
     RouterIntervention,
@@ -266,10 +266,7 @@ class SteerPasses:
                 try:
                     routings = recorder.take()
                 except NaNRoutingError as error:
-                    raise RoutingError(
-                        f"NaN in router {error.router}, in {len(error.rows)} tokens of one batch. "
-                        "The checkpoint or its --dtype is broken."
-                    ) from None
+                    raise error.of_batch() from None
                 if loglik is not None:
                     scored = ScoredTokens(rows)
                     chosen = scored.chosen(scored.logprobs(output.logits))

@@ -21,7 +21,7 @@ from typing import Any
 
 from moetools import console
 from moetools.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
-from moetools.console import bytes_text
+from moetools.console import bytes_text, some
 from moetools.edit_plan import EditPlan, TensorChange
 from moetools.errors import CheckpointError, MachineError, OutputError
 from moetools.files import MARKER, PART_SUFFIX, check_output, output_folder, sync_folder
@@ -254,12 +254,12 @@ def summary(written: WrittenCheckpoint) -> list[str]:
         lines.append(
             f"{everything}{len(written.rounded_away)} of {planned} planned tensors rounded away: "
             f"in the dtype that they are stored in their bytes are those of the input "
-            f"({_some(written.rounded_away)})."
+            f"({some(written.rounded_away)})."
         )
     reasons: dict[str, list[str]] = {}
     for name, reason in written.left_out.items():
         reasons.setdefault(reason, []).append(name)
-    lines += [f"Not carried: {_some(names)}: {reason}." for reason, names in reasons.items()]
+    lines += [f"Not carried: {some(names)}: {reason}." for reason, names in reasons.items()]
     lines += written.notes
     if written.patch is not None:
         lines.append(f"The edit alone: {written.patch}; use it with moetools apply.")
@@ -802,8 +802,3 @@ def _same_disk(path: Path, folder: Path) -> bool:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
